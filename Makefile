@@ -1,0 +1,55 @@
+# make demo             install, then ask the bundled model about a bundled picture
+# make test             install, then run all tests
+# make demo DEVICE=gpu  the same with the GPU build of Paddle (CUDA 12.6); DEVICE=npu for Ascend 910B
+PYTHON ?= python3
+DEVICE ?= cpu
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(DEVICE)
+
+# The CPU build comes from PyPI; the others only from Paddle's own index.
+PADDLE_INDEX := https://www.paddlepaddle.org.cn/packages/stable
+PADDLE_cpu := paddlepaddle==3.3.1
+PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
+# The Ascend plug-in exists for 3.3.0, and needs the CPU build of exactly that version beside it.
+PADDLE_npu := paddlepaddle==3.3.0 -i $(PADDLE_INDEX)/cpu/
+PLUGIN_npu := paddle-custom-npu==3.3.0 -i $(PADDLE_INDEX)/npu/
+
+.PHONY: demo demo-video install test test-fast lint format clean
+
+demo: install
+	$(BIN)/python paddlemix/examples/internvl2/chat_demo.py --device $(DEVICE)
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt requirements-dev.txt pyproject.toml
+	$(if $(PADDLE_$(DEVICE)),,$(error DEVICE=$(DEVICE) is not known: use cpu, gpu or npu))
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 12) else \
+	  "Python %d.%d is not supported: install 3.10, 3.11 or 3.12 and run make PYTHON=python3.11" % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "could not create $(VENV): install Python's venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@echo "Installing into $(VENV) (about 1.2 GB, a few minutes) ..."
+	$(BIN)/pip install --disable-pip-version-check $(PADDLE_$(DEVICE))
+	$(if $(PLUGIN_$(DEVICE)),$(BIN)/pip install --disable-pip-version-check $(PLUGIN_$(DEVICE)))
+	grep -v '^paddlepaddle' requirements.txt > $(VENV)/requirements.txt
+	$(BIN)/pip install --disable-pip-version-check --progress-bar on -q -r $(VENV)/requirements.txt -r requirements-dev.txt
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -e .
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+test-fast: install
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)

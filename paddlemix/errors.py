@@ -1,0 +1,57 @@
+"""Errors that a user can act on.
+
+Each message is one sentence that names the file, field or sample and says what to do. Command-line programs print the
+message alone and exit with code 1 (:func:`user_errors_exit`); in a library the class tells what kind of thing was wrong.
+"""
+
+import functools
+import sys
+
+
+class UserError(ValueError):
+    """Base of every error whose cause is an input, a file or an argument rather than a fault in this package."""
+
+
+class ConfigError(UserError):
+    """A configuration file is missing, broken, or describes something that is not supported."""
+
+
+class CheckpointError(UserError):
+    """A weight file is missing, damaged, unsafe, or does not fit the model."""
+
+
+class TokenizerError(UserError):
+    """Tokenizer files are missing or broken, or a required token is absent."""
+
+
+class ImageError(UserError):
+    """A picture cannot be read."""
+
+
+class VideoError(UserError):
+    """A video cannot be read, or holds no frame in the requested range."""
+
+
+class PromptError(UserError):
+    """A question, its pictures and its history do not fit together, or do not fit the model's context."""
+
+
+class DeviceError(UserError):
+    """The requested device or dtype is not available on this machine."""
+
+
+def user_errors_exit(main):
+    """Decorate a command's ``main()``: a :class:`UserError` becomes one line on stderr and exit code 1; Ctrl-C gives 130."""
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return wrapper
