@@ -1,0 +1,605 @@
+// Fused float32/bfloat16 kernels for inference on x86 CPUs, called from cpu.py through ctypes.
+//
+// Every matrix product is a oneDNN matmul from the libdnnl that Paddle ships, which picks AMX, AVX512-bf16 or AVX by
+// itself. This file adds what oneDNN lacks: norms and conversions in one pass, blocked attention, rotary positions, and
+// the order in which rows go through several products while they are still in cache. Tensors are row-major; float32
+// outside, bfloat16 or float32 inside.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <sys/mman.h>
+
+// The part of oneDNN's C interface (stable within version 3) that is used here; Paddle ships the library without headers.
+extern "C" {
+struct dnnl_exec_arg { int arg; void* memory; };
+int dnnl_engine_create(void** engine, int kind, size_t index);
+int dnnl_stream_create(void** stream, void* engine, unsigned flags);
+int dnnl_memory_desc_create_with_strides(void** md, int ndims, const int64_t* dims, int dtype, const int64_t* strides);
+int dnnl_memory_desc_create_with_tag(void** md, int ndims, const int64_t* dims, int dtype, int tag);
+int dnnl_memory_desc_clone(void** md, const void* existing);
+int dnnl_memory_desc_destroy(void* md);
+size_t dnnl_memory_desc_get_size(const void* md);
+int dnnl_memory_create(void** memory, const void* md, void* engine, void* handle);
+int dnnl_memory_set_data_handle(void* memory, void* handle);
+int dnnl_memory_destroy(void* memory);
+int dnnl_post_ops_create(void** ops);
+int dnnl_post_ops_destroy(void* ops);
+int dnnl_post_ops_append_sum(void* ops, float scale, int32_t zero_point, int dtype);
+int dnnl_post_ops_append_eltwise(void* ops, int algorithm, float alpha, float beta);
+int dnnl_post_ops_append_binary(void* ops, int algorithm, const void* md);
+int dnnl_primitive_attr_create(void** attr);
+int dnnl_primitive_attr_destroy(void* attr);
+int dnnl_primitive_attr_set_post_ops(void* attr, const void* ops);
+int dnnl_primitive_attr_set_scratchpad_mode(void* attr, int mode);
+int dnnl_matmul_primitive_desc_create(void** pd, void* engine, const void* src, const void* weights, const void* bias,
+                                      const void* dst, const void* attr);
+int dnnl_reorder_primitive_desc_create(void** pd, const void* src, void* src_engine, const void* dst, void* dst_engine,
+                                       const void* attr);
+int dnnl_primitive_desc_query(const void* pd, int what, int index, void* result);
+const void* dnnl_primitive_desc_query_md(const void* pd, int what, int index);
+int dnnl_primitive_desc_destroy(void* pd);
+int dnnl_primitive_create(void** primitive, const void* pd);
+int dnnl_primitive_execute(const void* primitive, void* stream, int count, const dnnl_exec_arg* args);
+int dnnl_primitive_destroy(void* primitive);
+}
+
+namespace {
+
+enum DataType { kBF16 = 2, kF32 = 3 };                                  // dnnl_data_type_t
+enum Activation { kNone = 0, kGeluTanh = 43, kSilu = 44, kGelu = 49 };  // dnnl_alg_kind_t
+enum { kAnyTag = 1, kCPU = 1, kInOrder = 1, kScratchpadUser = 1, kBinaryAdd = 0x1fff0, kBinaryMul = 0x1fff1 };
+enum { kQueryImplInfo = 8, kQueryWeights = 131, kQueryScratchpad = 136 };
+enum { kArgSrc = 1, kArgDst = 17, kArgWeights = 33, kArgBias = 41, kArgScratchpad = 80 };
+int post_op_arg(int index) { return (32768 * (index + 1)) | 2; }
+
+void check(int status, const char* what) {
+  if (status) throw std::runtime_error(std::string("oneDNN: ") + what + " failed with status " + std::to_string(status));
+}
+
+int64_t size_of(int dtype) { return dtype == kBF16 ? 2 : 4; }
+
+using bf16 = uint16_t;
+inline uint32_t bits(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
+inline float from_bits(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline void store(float* out, float x) { *out = x; }
+inline void store(bf16* out, float x) {  // rounds to nearest even
+  uint32_t u = bits(x);
+  *out = bf16((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+
+// 2^x, x <= 0, to 2 units in the last place. Branch-free so that loops over it vectorise.
+inline float exp2_nonpositive(float x) {
+  x = x > -126.f ? x : -126.f;
+  float shifted = x + 12582912.f;  // 1.5 * 2^23: the integer nearest to x is now in the low bits
+  float r = x - (shifted - 12582912.f);
+  float p = 1.5403530e-4f;
+  p = p * r + 1.3333558e-3f;
+  p = p * r + 9.6181291e-3f;
+  p = p * r + 5.5504109e-2f;
+  p = p * r + 2.4022651e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.f;
+  return from_bits(bits(p) + (bits(shifted) << 23));
+}
+
+// Memory that grows and is reused, one set for each thread.
+struct Scratch {
+  void* data = nullptr;
+  size_t size = 0;
+  template <class T>
+  T* get(size_t count) {
+    size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
+    if (bytes > size) {
+      std::free(data);
+      data = std::aligned_alloc(4096, bytes);
+      if (!data) throw std::bad_alloc();
+      size = bytes;
+    }
+    return static_cast<T*>(data);
+  }
+  ~Scratch() { std::free(data); }
+};
+
+void* engine() {
+  static void* e = [] {
+    void* created;
+    check(dnnl_engine_create(&created, kCPU, 0), "engine");
+    return created;
+  }();
+  return e;
+}
+
+void* stream() {
+  thread_local void* s = [] {
+    void* created;
+    check(dnnl_stream_create(&created, engine(), kInOrder), "stream");
+    return created;
+  }();
+  return s;
+}
+
+void* strided(int64_t rows, int64_t columns, int dtype, int64_t row_stride, int64_t column_stride = 1) {
+  int64_t dims[] = {rows, columns}, strides[] = {row_stride, column_stride};
+  void* md;
+  check(dnnl_memory_desc_create_with_strides(&md, 2, dims, dtype, strides), "memory descriptor");
+  return md;
+}
+
+// dst = act(src @ weights + bias) * mul + add, or dst += src @ weights.
+struct Product {
+  int64_t m, k, n;
+  int64_t src_type, dst_type;                  // weights are of src_type
+  int64_t src_stride, dst_stride;              // between rows
+  int64_t weights_row = 0, weights_column = 0;  // strides; both 0: packed
+  int64_t activation = kNone, bias = 0, mul_stride = 0, add_stride = 0, accumulate = 0;
+  bool operator<(const Product& other) const { return std::memcmp(this, &other, sizeof(Product)) < 0; }
+};
+
+struct Operands {
+  const void *src, *weights, *bias = nullptr, *mul = nullptr, *add = nullptr;
+  void* dst;
+};
+
+// A primitive with its memory objects. Each thread has its own, because a memory object holds one address at a time;
+// oneDNN shares the generated code.
+class Matmul {
+ public:
+  Matmul(const Product& p, const void* packed) {
+    void* attr;
+    void* ops;
+    check(dnnl_primitive_attr_create(&attr), "attributes");
+    check(dnnl_primitive_attr_set_scratchpad_mode(attr, kScratchpadUser), "scratchpad mode");
+    check(dnnl_post_ops_create(&ops), "post-ops");
+    int count = 0;
+    if (p.accumulate) check(dnnl_post_ops_append_sum(ops, 1.f, 0, 0), "sum"), ++count;
+    if (p.activation) check(dnnl_post_ops_append_eltwise(ops, p.activation, 1.f, 0.f), "activation"), ++count;
+    if (p.mul_stride) {
+      void* md = strided(p.m, p.n, p.src_type, p.mul_stride);
+      check(dnnl_post_ops_append_binary(ops, kBinaryMul, md), "multiplication");
+      add(post_op_arg(count++), md);
+      dnnl_memory_desc_destroy(md);
+    }
+    if (p.add_stride) {
+      void* md = strided(p.m, p.n, kF32, p.add_stride);
+      check(dnnl_post_ops_append_binary(ops, kBinaryAdd, md), "addition");
+      add(post_op_arg(count++), md);
+      dnnl_memory_desc_destroy(md);
+    }
+    check(dnnl_primitive_attr_set_post_ops(attr, ops), "post-ops");
+    void* src = strided(p.m, p.k, p.src_type, p.src_stride);
+    void* weights;
+    if (packed) check(dnnl_memory_desc_clone(&weights, packed), "memory descriptor");
+    else weights = strided(p.k, p.n, p.src_type, p.weights_row, p.weights_column);
+    void* bias = p.bias ? strided(1, p.n, kF32, p.n) : nullptr;
+    void* dst = strided(p.m, p.n, p.dst_type, p.dst_stride);
+    void* pd;
+    check(dnnl_matmul_primitive_desc_create(&pd, engine(), src, weights, bias, dst, attr), "matmul");
+    check(dnnl_primitive_create(&primitive_, pd), "matmul");
+    const void* scratchpad = dnnl_primitive_desc_query_md(pd, kQueryScratchpad, 0);
+    scratchpad_size_ = dnnl_memory_desc_get_size(scratchpad);
+    add(kArgSrc, src), add(kArgWeights, weights), add(kArgDst, dst), add(kArgScratchpad, scratchpad);
+    if (bias) add(kArgBias, bias), dnnl_memory_desc_destroy(bias);
+    dnnl_memory_desc_destroy(src), dnnl_memory_desc_destroy(weights), dnnl_memory_desc_destroy(dst);
+    dnnl_primitive_desc_destroy(pd), dnnl_post_ops_destroy(ops), dnnl_primitive_attr_destroy(attr);
+  }
+  Matmul(const Matmul&) = delete;
+  ~Matmul() {
+    for (int i = 0; i < count_; ++i) dnnl_memory_destroy(args_[i].memory);
+    dnnl_primitive_destroy(primitive_);
+  }
+
+  void run(const Operands& o) {
+    thread_local Scratch scratchpad;
+    for (int i = 0; i < count_; ++i) {
+      const void* address;
+      switch (args_[i].arg) {
+        case kArgSrc: address = o.src; break;
+        case kArgWeights: address = o.weights; break;
+        case kArgBias: address = o.bias; break;
+        case kArgDst: address = o.dst; break;
+        case kArgScratchpad: address = scratchpad.get<char>(scratchpad_size_); break;
+        default: address = o.mul && args_[i].arg == first_post_op_ ? o.mul : o.add;
+      }
+      dnnl_memory_set_data_handle(args_[i].memory, const_cast<void*>(address));
+    }
+    check(dnnl_primitive_execute(primitive_, stream(), count_, args_.data()), "execution");
+  }
+
+ private:
+  void add(int arg, const void* md) {
+    if (arg > kArgScratchpad && !first_post_op_) first_post_op_ = arg;
+    args_[count_].arg = arg;
+    check(dnnl_memory_create(&args_[count_++].memory, md, engine(), nullptr), "memory");
+  }
+
+  void* primitive_ = nullptr;
+  size_t scratchpad_size_ = 0;
+  std::array<dnnl_exec_arg, 7> args_;
+  int count_ = 0, first_post_op_ = 0;
+};
+
+void multiply(const Product& p, const Operands& o, const void* packed = nullptr) {
+  thread_local std::map<Product, Matmul> plans;
+  auto plan = plans.find(p);
+  if (plan == plans.end()) {
+    if (plans.size() >= 512) plans.clear();  // prompts of ever new lengths must not fill the memory
+    plan = plans.try_emplace(p, p, packed).first;
+  }
+  plan->second.run(o);
+}
+
+// Weights [k, n] in the layout that oneDNN prefers.
+struct Linear {
+  int64_t k, n;
+  int dtype;
+  void* md = nullptr;
+  void* data = nullptr;
+  float* bias = nullptr;
+  ~Linear() {
+    if (md) dnnl_memory_desc_destroy(md);
+    std::free(data);
+    delete[] bias;
+  }
+};
+
+struct Norm {
+  const float* weight;  // null: none of the kind
+  const float* bias;    // null: root-mean-square norm
+  float eps;
+};
+
+template <class T>
+void normalize_row(const float* x, int64_t width, const Norm& norm, T* out) {
+  if (!norm.weight) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) store(out + i, x[i]);
+    return;
+  }
+  float mean = 0, square = 0;
+  if (norm.bias) {
+#pragma omp simd reduction(+ : mean)
+    for (int64_t i = 0; i < width; ++i) mean += x[i];
+    mean /= width;
+  }
+#pragma omp simd reduction(+ : square)
+  for (int64_t i = 0; i < width; ++i) square += (x[i] - mean) * (x[i] - mean);
+  float scale = 1.f / std::sqrt(square / width + norm.eps);
+  if (norm.bias) {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) store(out + i, (x[i] - mean) * scale * norm.weight[i] + norm.bias[i]);
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < width; ++i) store(out + i, x[i] * scale * norm.weight[i]);
+  }
+}
+
+template <class T>
+void normalize(const float* x, int64_t rows, int64_t width, int64_t stride, const Norm& norm, T* out) {
+#pragma omp parallel for if (rows * width > 32768)
+  for (int64_t row = 0; row < rows; ++row) normalize_row(x + row * stride, width, norm, out + row * width);
+}
+
+// Rows [m, k] as the source of a product: x itself where nothing has to be done to it.
+const void* prepare(const float* x, int64_t rows, int64_t width, const Norm& norm, int dtype, Scratch& scratch) {
+  if (dtype == kF32 && !norm.weight) return x;
+  if (dtype == kF32) {
+    float* out = scratch.get<float>(rows * width);
+    normalize(x, rows, width, width, norm, out);
+    return out;
+  }
+  bf16* out = scratch.get<bf16>(rows * width);
+  normalize(x, rows, width, width, norm, out);
+  return out;
+}
+
+void apply(const Linear& linear, int64_t m, const void* src, int activation, const void* mul, const float* add, void* dst,
+           int dst_type) {
+  Product p{m, linear.k, linear.n, linear.dtype, dst_type, linear.k, linear.n};
+  p.activation = activation;
+  p.bias = linear.bias != nullptr;
+  p.mul_stride = mul ? linear.n : 0;
+  p.add_stride = add ? linear.n : 0;
+  multiply(p, {src, linear.data, linear.bias, mul, add, dst}, linear.md);
+}
+
+// Rows that go through a chain of products together: few enough that they stay in cache between them, many enough that
+// reading the weights again costs little.
+constexpr int64_t kChunk = 512;
+
+template <class F>
+void for_chunks(int64_t rows, F body) {
+  for (int64_t begin = 0; begin < rows;) {
+    int64_t left = rows - begin, count = left <= kChunk + kChunk / 4 ? left : kChunk;
+    body(begin, count);
+    begin += count;
+  }
+}
+
+// What threads share in one attention call. Strides count elements.
+struct Attention {
+  int64_t batch, queries, heads, keys, kv_heads, width, length;
+  int64_t q_stride[3], k_stride[3], v_stride[3];  // batch, token, head
+  const float* q;
+  const void *k, *v;
+  float* out;
+  const int64_t* starts;  // null: every row starts at 0
+  int64_t causal;
+  float scale;
+};
+
+// Blocks of queries and keys whose scores fit the second-level cache. A last block takes up to a quarter more so that
+// none is tiny.
+constexpr int64_t kQueryBlock = 128, kKeyBlock = 512;
+
+// Attention of one block of query rows (token-major, then the heads that share a key head) with online softmax
+// (arXiv 2205.14135). T: type of the products' operands.
+template <class T>
+void attend(const Attention& a, int64_t b, int64_t kv, int64_t first, int64_t rows) {
+  constexpr int dtype = sizeof(T) == 2 ? kBF16 : kF32;
+  thread_local Scratch q_scratch, score_scratch, p_scratch, out_scratch, state_scratch;
+  const int64_t group = a.heads / a.kv_heads, width = a.width;
+  T* q = q_scratch.get<T>(rows * width);
+  float* out = out_scratch.get<float>(rows * width);
+  float* peak = state_scratch.get<float>(2 * rows);
+  float* total = peak + rows;
+  const float scale = a.scale * 1.44269504f;  // the softmax below is in powers of 2
+  auto q_row = [&](int64_t i) {
+    int64_t row = first + i;
+    return a.q + b * a.q_stride[0] + row / group * a.q_stride[1] + (kv * group + row % group) * a.q_stride[2];
+  };
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* from = q_row(i);
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d) store(q + i * width + d, from[d] * scale);
+    peak[i] = -INFINITY, total[i] = 0;
+  }
+  std::fill(out, out + rows * width, 0.f);
+
+  const int64_t start = a.starts ? a.starts[b] : 0;
+  const int64_t past = a.length - a.queries;
+  const int64_t end = a.causal ? past + (first + rows - 1) / group + 1 : a.length;
+  for (int64_t j = start; j < end;) {
+    // Columns beyond the end are computed and ignored, so that growing lengths share a few compiled shapes.
+    int64_t columns = end - j <= kKeyBlock + kKeyBlock / 4 ? std::min((end - j + 63) / 64 * 64, a.keys - j) : kKeyBlock;
+    int64_t stride = (columns + 31) / 32 * 32;
+    float* scores = score_scratch.get<float>(rows * stride);
+    T* p = p_scratch.get<T>(rows * stride);
+    const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + j * a.k_stride[1] + kv * a.k_stride[2];
+    const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + j * a.v_stride[1] + kv * a.v_stride[2];
+    multiply({rows, width, columns, dtype, kF32, width, stride, 1, a.k_stride[1]}, {q, k, 0, 0, 0, scores});
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t visible = std::min(columns, (a.causal ? past + (first + i) / group + 1 : a.length) - j);
+      visible = std::max<int64_t>(visible, 0);
+      const float* s = scores + i * stride;
+      T* to = p + i * stride;
+      float top = peak[i];
+#pragma omp simd reduction(max : top)
+      for (int64_t c = 0; c < visible; ++c) top = s[c] > top ? s[c] : top;
+      float sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = 0; c < visible; ++c) {
+        float e = exp2_nonpositive(s[c] - top);
+        store(to + c, e);
+        sum += e;
+      }
+      std::fill(to + visible, to + columns, T(0));
+      if (visible && top > peak[i]) {
+        float shrink = exp2_nonpositive(peak[i] - top);
+        total[i] *= shrink;
+        float* o = out + i * width;
+#pragma omp simd
+        for (int64_t d = 0; d < width; ++d) o[d] *= shrink;
+        peak[i] = top;
+      }
+      total[i] += sum;
+    }
+    Product weigh{rows, columns, width, dtype, kF32, stride, width, a.v_stride[1], 1};
+    weigh.accumulate = 1;
+    multiply(weigh, {p, v, 0, 0, 0, out});
+    j += columns;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    int64_t row = first + i;
+    float* to = a.out + ((b * a.queries + row / group) * a.heads + kv * group + row % group) * width;
+    float inverse = total[i] > 0 ? 1.f / total[i] : 0.f;  // a padding query sees no key
+#pragma omp simd
+    for (int64_t d = 0; d < width; ++d) to[d] = out[i * width + d] * inverse;
+  }
+}
+
+template <class T>
+void attend_all(const Attention& a) {
+  const int64_t rows = a.queries * (a.heads / a.kv_heads);
+  const int64_t blocks = std::max<int64_t>(1, (rows - kQueryBlock / 4 + kQueryBlock - 1) / kQueryBlock);
+  const int64_t tasks = a.batch * a.kv_heads * blocks;
+  std::atomic<bool> failed{false};
+#pragma omp parallel for schedule(dynamic) if (tasks > 1)
+  for (int64_t task = 0; task < tasks; ++task) {
+    int64_t block = a.causal ? blocks - 1 - task / (a.batch * a.kv_heads) : task % blocks;  // long rows first
+    int64_t head = a.causal ? task % (a.batch * a.kv_heads) : task / blocks;
+    int64_t first = block * kQueryBlock, count = block == blocks - 1 ? rows - first : kQueryBlock;
+    try {
+      attend<T>(a, head / a.kv_heads, head % a.kv_heads, first, count);
+    } catch (...) {
+      failed = true;  // an exception must not leave the parallel region
+    }
+  }
+  if (failed) throw std::runtime_error("attention failed");
+}
+
+// Keys or values as contiguous bfloat16 [batch, kv_heads, length, width].
+void to_bf16(const void* x, const Attention& a, int64_t* stride, bf16* out) {
+  const float* from = static_cast<const float*>(x);
+  const Norm none{};
+#pragma omp parallel for collapse(2)
+  for (int64_t b = 0; b < a.batch; ++b)
+    for (int64_t h = 0; h < a.kv_heads; ++h)
+      for (int64_t s = 0; s < a.length; ++s)
+        normalize_row(from + b * stride[0] + s * stride[1] + h * stride[2], a.width, none,
+                      out + ((b * a.kv_heads + h) * a.length + s) * a.width);
+  stride[0] = a.kv_heads * a.length * a.width, stride[1] = a.width, stride[2] = a.length * a.width;
+}
+
+template <class T>
+void rotate_rows(const float* qkv, const float* cosines, const float* sines, int64_t table_batch, int64_t batch,
+                 int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t offset, int64_t capacity, float* q,
+                 T* k_cache, T* v_cache) {
+  const int64_t half = width / 2, all = heads + 2 * kv_heads;
+#pragma omp parallel for if (batch * tokens > 16)
+  for (int64_t row = 0; row < batch * tokens; ++row) {
+    const int64_t b = row / tokens, n = row % tokens, cached = (b * capacity + offset + n) * kv_heads * width;
+    const float* x = qkv + row * all * width;
+    const float* cos = cosines + ((table_batch > 1 ? b : 0) * tokens + n) * width;
+    const float* sin = sines + ((table_batch > 1 ? b : 0) * tokens + n) * width;
+    auto rotate = [&](const float* from, auto* to) {
+#pragma omp simd
+      for (int64_t d = 0; d < half; ++d) {
+        float low = from[d], high = from[d + half];
+        store(to + d, low * cos[d] + high * sin[d]);
+        store(to + d + half, high * cos[d + half] + low * sin[d + half]);
+      }
+    };
+    for (int64_t h = 0; h < heads; ++h) rotate(x + h * width, q + (row * heads + h) * width);
+    for (int64_t h = 0; h < kv_heads; ++h) rotate(x + (heads + h) * width, k_cache + cached + h * width);
+    normalize_row(x + (heads + kv_heads) * width, kv_heads * width, Norm{}, v_cache + cached);
+  }
+}
+
+// Runs the body with the asked number of threads and gives Paddle its own number back.
+template <class F>
+const char* guarded(int threads, F body) {
+  static thread_local std::string message;
+  const int before = omp_get_max_threads();
+  omp_set_num_threads(threads);
+  const char* error = nullptr;
+  try {
+    body();
+  } catch (const std::exception& e) {
+    message = e.what();
+    error = message.c_str();
+  }
+  omp_set_num_threads(before);
+  return error;
+}
+
+}  // namespace
+
+// Each function returns null, or what went wrong.
+extern "C" {
+
+const char* linear_create(int threads, const void* weight, int weight_type, int64_t k, int64_t n, int64_t row_stride,
+                          int64_t column_stride, const float* bias, int dtype, Linear** result, char* implementation) {
+  return guarded(threads, [&] {
+    Linear* linear = new Linear{k, n, dtype};
+    *result = linear;
+    int64_t rows = kChunk, src_dims[] = {rows, k}, dims[] = {k, n}, dst_dims[] = {rows, n};
+    void *src, *any, *dst, *pd, *attr, *reorder, *from, *to;
+    check(dnnl_memory_desc_create_with_tag(&any, 2, dims, dtype, kAnyTag), "memory descriptor");
+    src = strided(src_dims[0], src_dims[1], dtype, k);
+    dst = strided(dst_dims[0], dst_dims[1], kF32, n);
+    check(dnnl_primitive_attr_create(&attr), "attributes");
+    check(dnnl_matmul_primitive_desc_create(&pd, engine(), src, any, nullptr, dst, attr), "matmul");
+    const char* info;
+    check(dnnl_primitive_desc_query(pd, kQueryImplInfo, 0, &info), "query");
+    std::strncpy(implementation, info, 63);
+    check(dnnl_memory_desc_clone(&linear->md, dnnl_primitive_desc_query_md(pd, kQueryWeights, 0)), "clone");
+    dnnl_primitive_desc_destroy(pd);
+    dnnl_memory_desc_destroy(any), dnnl_memory_desc_destroy(src), dnnl_memory_desc_destroy(dst);
+
+    const size_t page = 1 << 21, bytes = (dnnl_memory_desc_get_size(linear->md) + page - 1) / page * page;
+    linear->data = std::aligned_alloc(page, bytes);
+    if (!linear->data) throw std::bad_alloc();
+    madvise(linear->data, bytes, MADV_HUGEPAGE);
+    src = strided(k, n, weight_type, row_stride, column_stride);
+    check(dnnl_reorder_primitive_desc_create(&pd, src, engine(), linear->md, engine(), attr), "reorder");
+    check(dnnl_primitive_create(&reorder, pd), "reorder");
+    check(dnnl_memory_create(&from, src, engine(), const_cast<void*>(weight)), "memory");
+    check(dnnl_memory_create(&to, linear->md, engine(), linear->data), "memory");
+    dnnl_exec_arg args[] = {{kArgSrc, from}, {kArgDst, to}};
+    check(dnnl_primitive_execute(reorder, stream(), 2, args), "reorder");
+    dnnl_memory_destroy(from), dnnl_memory_destroy(to), dnnl_memory_desc_destroy(src);
+    dnnl_primitive_destroy(reorder), dnnl_primitive_desc_destroy(pd), dnnl_primitive_attr_destroy(attr);
+    if (bias) linear->bias = static_cast<float*>(std::memcpy(new float[n], bias, n * sizeof(float)));
+  });
+}
+
+void linear_destroy(Linear* linear) { delete linear; }
+
+const char* linear_run(int threads, const Linear* linear, const float* x, int64_t m, const float* norm_weight,
+                       const float* norm_bias, float eps, int activation, const float* residual, float* out) {
+  return guarded(threads, [&] {
+    thread_local Scratch input;
+    const Norm norm{norm_weight, norm_bias, eps};
+    for_chunks(m, [&](int64_t begin, int64_t rows) {
+      const void* src = prepare(x + begin * linear->k, rows, linear->k, norm, linear->dtype, input);
+      const float* add = residual ? residual + begin * linear->n : nullptr;
+      apply(*linear, rows, src, activation, nullptr, add, out + begin * linear->n, kF32);
+    });
+  });
+}
+
+const char* mlp_run(int threads, const Linear* gate, const Linear* up, const Linear* down, const float* x, int64_t m,
+                    const float* norm_weight, const float* norm_bias, float eps, int activation, const float* residual,
+                    float* out) {
+  return guarded(threads, [&] {
+    thread_local Scratch input, gates, hidden;
+    const Norm norm{norm_weight, norm_bias, eps};
+    const int dtype = up->dtype;
+    for_chunks(m, [&](int64_t begin, int64_t rows) {
+      const void* src = prepare(x + begin * up->k, rows, up->k, norm, dtype, input);
+      void* h = hidden.get<char>(rows * up->n * size_of(dtype));
+      void* g = nullptr;
+      if (gate) {
+        g = gates.get<char>(rows * up->n * size_of(dtype));
+        apply(*gate, rows, src, activation, nullptr, nullptr, g, dtype);
+      }
+      apply(*up, rows, src, gate ? kNone : activation, g, nullptr, h, dtype);
+      const float* add = residual ? residual + begin * down->n : nullptr;
+      apply(*down, rows, h, kNone, nullptr, add, out + begin * down->n, kF32);
+    });
+  });
+}
+
+const char* norm_run(int threads, const float* x, int64_t rows, int64_t width, int64_t stride, const float* weight,
+                     const float* bias, float eps, float* out) {
+  return guarded(threads, [&] { normalize(x, rows, width, stride, {weight, bias, eps}, out); });
+}
+
+const char* attention_run(int threads, const Attention* shapes, int kv_type, int dtype) {
+  return guarded(threads, [&] {
+    Attention a = *shapes;
+    if (dtype == kF32) return attend_all<float>(a);
+    thread_local Scratch keys, values;
+    if (kv_type == kF32) {
+      const size_t count = a.batch * a.kv_heads * a.length * a.width;
+      bf16 *k = keys.get<bf16>(count), *v = values.get<bf16>(count);
+      to_bf16(a.k, a, a.k_stride, k), to_bf16(a.v, a, a.v_stride, v);
+      a.k = k, a.v = v, a.keys = a.length;
+    }
+    attend_all<bf16>(a);
+  });
+}
+
+const char* rotate_run(int threads, const float* qkv, const float* cos, const float* sin, int64_t table_batch, int64_t batch,
+                       int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t offset, int64_t capacity,
+                       int cache_type, float* q, void* k_cache, void* v_cache) {
+  return guarded(threads, [&] {
+    if (cache_type == kF32)
+      rotate_rows(qkv, cos, sin, table_batch, batch, tokens, heads, kv_heads, width, offset, capacity, q,
+                  static_cast<float*>(k_cache), static_cast<float*>(v_cache));
+    else
+      rotate_rows(qkv, cos, sin, table_batch, batch, tokens, heads, kv_heads, width, offset, capacity, q,
+                  static_cast<bf16*>(k_cache), static_cast<bf16*>(v_cache));
+  });
+}
+}

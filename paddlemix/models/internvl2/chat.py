@@ -1,0 +1,232 @@
+"""Conversations with a chat model: rounds, pictures, streaming and batches.
+
+A :class:`ChatSession` keeps what it has computed: the features of its pictures, and the keys and values of the tokens
+that the next prompt begins with. ``model.chat`` is a session of one question.
+"""
+
+import numpy as np
+import paddle
+
+from paddlemix.errors import PromptError
+
+from .conversation import IMAGE_PLACEHOLDER, insert_image_tokens
+from .generation import GenerationConfig, TextStream, generate_tokens
+from .language import KVCache
+
+
+class ChatSession:
+    """A conversation of any number of rounds, each with any number of pictures.
+
+    Args:
+        model: an :class:`~.modeling.InternVLChatModel`.
+        tokenizer: from :func:`~.tokenization.load_tokenizer`.
+        history: ``[(question, answer), ...]`` of earlier rounds; the pictures of its ``<image>`` marks come with the first
+            question.
+        system_message: replaces the template's.
+
+    Attributes:
+        history: all rounds so far.
+        cached_tokens: how many tokens of the last prompt were not computed again.
+        marked_answer: the last answer with the ``<ref>`` and ``<box>`` marks that plain text leaves out.
+    """
+
+    def __init__(self, model, tokenizer, history=None, system_message=None):
+        model.set_tokenizer(tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        self.template = model.template().with_system_message(system_message)
+        self.history = [tuple(turn) for turn in history or []]
+        self.cached_tokens = 0
+        self.marked_answer = ""
+        self._features = []  # of each picture, [tiles * num_image_token, D]
+        self._cache, self._ids = None, []  # keys and values, and the token ids that they belong to
+
+    def ask(self, question, pixel_values=None, generation_config=None, num_patches_list=None):
+        """Ask and wait for the whole answer; the arguments are those of :meth:`stream`."""
+        return "".join(self.stream(question, pixel_values, generation_config, num_patches_list))
+
+    def stream(self, question, pixel_values=None, generation_config=None, num_patches_list=None):
+        """Ask, and yield the answer piece by piece as it is generated.
+
+        The round joins the history when the answer is complete; a stream that is abandoned leaves the session as it was.
+
+        Args:
+            question: text; each ``<image>`` marks a picture of this round. In a first round without marks, one is put in
+                front.
+            pixel_values: ``[T, 3, height, width]`` of this round's pictures, or None.
+            generation_config: a :class:`~.generation.GenerationConfig` or a dictionary.
+            num_patches_list: tiles of each picture; None for one picture of all tiles.
+
+        Raises:
+            PromptError: pictures and marks differ in number, a reserved token is in the text, or the prompt is too long.
+        """
+        counts = _tiles_of_pictures(pixel_values, num_patches_list)
+        question = _mark_picture(question, self.history, counts)
+        per_tile = self.model.config.num_image_token
+        known = [f.shape[0] for f in self._features]
+        texts = [q for q, _ in self.history] + [question]
+        texts = insert_image_tokens(texts, known + [tiles * per_tile for tiles in counts])
+        prompt = self.template.prompt(texts[-1], [(q, a) for q, (_, a) in zip(texts, self.history)])
+        ids = self.tokenizer.encode(prompt)
+        config = _end_of_answer(generation_config, self.template, self.tokenizer)
+        config = self.model.fit_context(config, len(ids))
+
+        features = self._features + self._features_of(pixel_values, counts)
+        stream = TextStream(self.tokenizer, config.stop_strings)
+        pieces, tokens = [], []
+        for token in self._generate(ids, features, config):
+            if token in config.eos_token_ids:
+                break
+            tokens.append(token)
+            pieces.append(stream.put(token))
+            if pieces[-1]:
+                yield pieces[-1]
+            if stream.stopped:
+                break
+        pieces.append(stream.close())
+        if pieces[-1]:
+            yield pieces[-1]
+        self._features = features
+        self.history.append((question, "".join(pieces)))
+        self.marked_answer = self.tokenizer.decode(tokens)
+
+    @paddle.no_grad()
+    def _features_of(self, pixel_values, counts):
+        if not counts:
+            return []
+        features = self.model.extract_feature(pixel_values)
+        parts = np.cumsum([0, *counts])
+        return [features[a:b].reshape([-1, features.shape[-1]]) for a, b in zip(parts, parts[1:])]
+
+    def _generate(self, ids, features, config):
+        """Yield the answer's tokens, computing only what the cache does not hold."""
+        language_model = self.model.language_model
+        reused = self._reusable(ids, config.max_new_tokens)
+        remaining = np.asarray([ids[reused:]], dtype="int64")
+        is_context = np.asarray(ids[:reused]) == self.model.img_context_token_id
+        with paddle.no_grad():
+            flat = paddle.concat(features)[int(is_context.sum()) :] if features else None
+            embeds = self.model.embed(remaining, flat if flat is not None and flat.shape[0] else None)
+        capacity = len(ids) + config.max_new_tokens
+        if self._cache is None:
+            self._cache = KVCache(language_model.config, 1, capacity, embeds.dtype)
+        self._cache.truncate(reused)
+        self._cache = self._cache.grown(capacity)
+        self.cached_tokens = reused
+        self._ids = ids[:reused]
+        steps = generate_tokens(language_model, embeds, config, cache=self._cache)
+        self._ids = list(ids)
+        while True:
+            with paddle.no_grad():  # not around a yield: the caller's code runs there
+                tokens = next(steps, None)
+            if tokens is None:
+                return
+            token = int(tokens[0])
+            yield token
+            self._ids.append(token)
+
+    def _reusable(self, ids, max_new_tokens):
+        """Length of the cached beginning of ``ids``; at least one token is left to compute."""
+        if self._cache is None:
+            return 0
+        # An abandoned answer may have been cut before its last tokens were computed.
+        held = self._ids[: self._cache.length]
+        variant = self.model.language_model.model.rope.variant
+        # Keys that were rotated under another scaling of the positions are of no use.
+        if variant(len(held)) != variant(len(ids)) or isinstance(variant(len(ids)), int):
+            return 0
+        common = next((i for i, (a, b) in enumerate(zip(held, ids)) if a != b), min(len(held), len(ids)))
+        return min(common, len(ids) - 1)
+
+
+@paddle.no_grad()
+def batch_chat(
+    model, tokenizer, pixel_values, questions, generation_config=None, num_patches_list=None, history=None, return_history=False
+):
+    """Ask many questions at once, each with its own pictures and history.
+
+    Args:
+        model: an :class:`~.modeling.InternVLChatModel`.
+        tokenizer: from :func:`~.tokenization.load_tokenizer`.
+        pixel_values: ``[T, 3, height, width]`` of all pictures of all conversations in order, or None.
+        questions: one text for each conversation.
+        generation_config: a :class:`~.generation.GenerationConfig` or a dictionary.
+        num_patches_list: for each conversation, the tiles of its picture (a number) or of each of its pictures (a list);
+            an empty list for text alone. None: one picture of one tile for each.
+        history: for each conversation, None or ``[(question, answer), ...]``.
+        return_history: return ``(answers, histories)`` instead of the answers.
+
+    Raises:
+        PromptError: as :meth:`ChatSession.stream`, naming the question by its number.
+    """
+    model.set_tokenizer(tokenizer)
+    template = model.template()
+    histories = [[tuple(turn) for turn in turns or []] for turns in (history or [None] * len(questions))]
+    if num_patches_list is None:
+        num_patches_list = [1 if pixel_values is not None else []] * len(questions)
+    if not len(questions) == len(num_patches_list) == len(histories):
+        raise PromptError(
+            f"{len(questions)} questions, {len(num_patches_list)} entries in num_patches_list and {len(histories)} "
+            "histories were given: there must be as many of each"
+        )
+    if not questions:
+        return ([], []) if return_history else []
+    counts = [[n] if isinstance(n, (int, np.integer)) else list(n) for n in num_patches_list]
+    _tiles_of_pictures(pixel_values, [n for row in counts for n in row])
+
+    questions = list(questions)
+    prompts = []
+    for i, (turns, tiles) in enumerate(zip(histories, counts)):
+        questions[i] = _mark_picture(questions[i], turns, tiles)
+        try:
+            texts = insert_image_tokens(
+                [q for q, _ in turns] + [questions[i]], [n * model.config.num_image_token for n in tiles]
+            )
+        except PromptError as error:
+            raise PromptError(f"question {i + 1}: {error}") from None
+        prompts.append(tokenizer.encode(template.prompt(texts[-1], [(q, a) for q, (_, a) in zip(texts, turns)])))
+
+    width = max(map(len, prompts))
+    starts = np.array([width - len(p) for p in prompts])
+    config = _end_of_answer(generation_config, template, tokenizer)
+    config = model.fit_context(config, width)
+    filler = config.eos_token_ids[0]  # never seen: attention starts behind it
+    ids = np.array([[filler] * start + prompt for start, prompt in zip(starts, prompts)], dtype="int64")
+    features = model.extract_feature(pixel_values) if any(counts) else None
+    features = None if features is None else features.reshape([-1, features.shape[-1]])
+
+    streams = [TextStream(tokenizer, config.stop_strings) for _ in questions]
+    answers = ["" for _ in questions]
+    open_rows = set(range(len(questions)))
+    for tokens in generate_tokens(model.language_model, model.embed(ids, features), config, starts):
+        for row in sorted(open_rows):
+            if int(tokens[row]) in config.eos_token_ids:
+                open_rows.discard(row)
+                continue
+            answers[row] += streams[row].put(tokens[row])
+            if streams[row].stopped:
+                open_rows.discard(row)
+        if not open_rows:
+            break
+    answers = [answer + stream.close() for answer, stream in zip(answers, streams)]
+    histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, answers)]
+    return (answers, histories) if return_history else answers
+
+
+def _tiles_of_pictures(pixel_values, num_patches_list):
+    """Tiles of each picture as a list, checked against the tiles that there are."""
+    total = 0 if pixel_values is None else len(pixel_values)
+    counts = ([total] if total else []) if num_patches_list is None else [int(n) for n in num_patches_list]
+    if sum(counts) != total:
+        raise PromptError(f"num_patches_list counts {sum(counts)} tiles but pixel_values has {total}")
+    return counts
+
+
+def _mark_picture(question, history, counts):
+    """The question with a mark in front where a first round has pictures but does not say where."""
+    if counts and not history and IMAGE_PLACEHOLDER not in question:
+        return f"{IMAGE_PLACEHOLDER}\n{question}"
+    return question
+
+
+def _end_of_answer(generation_config, template, tokenizer):
+    return GenerationConfig.of(generation_config, eos_token_id=tokenizer.require_token_id(template.stop))

@@ -1,0 +1,185 @@
+"""The CPU inference engine: the same model with its blocks replaced by fused ones.
+
+Paddle's eager mode has no bfloat16 arithmetic on CPU and computes attention, softmax and GELU slowly. :func:`fuse` packs
+the weights of each block for the kernels of ``paddlemix.kernels.cpu``, in bfloat16 or float32, and frees the originals;
+activations stay float32 tensors, so that everything around the blocks works as before. A fused model answers, but can
+neither be trained nor saved.
+"""
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from paddlemix import device
+from paddlemix.errors import DeviceError
+from paddlemix.kernels import cpu as kernels
+
+ENGINES = ("auto", "eager", "inference")
+
+# Packing pays, and compiling the kernels once is worth the wait, from about this many parameters on.
+_WORTHWHILE = 100_000_000
+
+
+def choose(engine, dtype, parameters):
+    """Settle ``auto``: the engine and dtype that answer fastest here.
+
+    Args:
+        engine: ``auto``, ``eager`` (plain Paddle) or ``inference`` (fused, CPU only).
+        dtype: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        parameters: size of the model.
+
+    Returns:
+        (engine, dtype), neither of them ``auto``.
+
+    Raises:
+        DeviceError: what was asked for is not available here.
+    """
+    if engine not in ENGINES:
+        raise DeviceError(f"engine '{engine}' is not known: use one of {', '.join(ENGINES)}")
+    if device.current() != "cpu":
+        if engine == "inference":
+            raise DeviceError("--engine inference is for CPU: use --engine eager on other devices")
+        return "eager", device.resolve_dtype(dtype)
+    wanted = engine == "inference" or (
+        engine == "auto" and (dtype == "bfloat16" or dtype != "float16" and parameters >= _WORTHWHILE)
+    )
+    if not wanted:
+        return "eager", device.resolve_dtype(dtype)
+
+    for candidate in ("bfloat16", "float32") if dtype == "auto" else (dtype,):
+        if candidate != "float16" and kernels.available(candidate):
+            return "inference", candidate
+    if engine == "inference":
+        raise DeviceError(
+            f"--engine inference is not available in {dtype} on this machine (see the warning): use --engine eager"
+        )
+    return "eager", device.resolve_dtype(dtype)
+
+
+def fuse(model, dtype):
+    """Replace the blocks of an :class:`~.modeling.InternVLChatModel` by fused ones, one at a time.
+
+    Args:
+        model: in float32 or bfloat16, on CPU; it is changed.
+        dtype: of packed weights and products, ``bfloat16`` or ``float32``.
+    """
+    vision, language = model.vision_model, model.language_model
+    vision.embeddings.to(dtype="float32")
+    for stack, fused in ((vision.encoder.layers, _VisionLayer), (language.model.layers, _DecoderLayer)):
+        for i in range(len(stack)):
+            stack[i] = fused(stack[i], dtype)
+    model.mlp1 = _Projector(model.mlp1, dtype)
+    language.model.embed_tokens = _Embedding(language.model.embed_tokens)
+    language.model.norm = _Norm(language.model.norm)
+    language.lm_head = _Linear(language.lm_head, dtype)
+    model.eval()
+
+
+def _norm(layer):
+    bias = getattr(layer, "bias", None)
+    eps = layer.eps if bias is None else layer._epsilon
+    return kernels.Norm(layer.weight.astype("float32"), None if bias is None else bias.astype("float32"), eps)
+
+
+def _pack(layer, dtype, scale=None, first=0, last=None):
+    """Weights of a linear layer for the kernels; ``scale [out]`` is multiplied in; outputs ``first`` to ``last`` are kept."""
+    weight, bias = layer.weight[:, first:last], layer.bias
+    bias = None if bias is None else bias[first:last].astype("float32")
+    if scale is not None:
+        scale = scale.astype("float32")
+        weight, bias = weight.astype("float32") * scale, bias * scale
+    return kernels.PackedLinear(weight, bias, dtype)
+
+
+class _Norm(nn.Layer):
+    def __init__(self, layer):
+        super().__init__()
+        self.norm = _norm(layer)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+class _Linear(nn.Layer):
+    def __init__(self, layer, dtype):
+        super().__init__()
+        self.linear = _pack(layer, dtype)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class _Embedding(nn.Layer):
+    """Token embeddings stay as they are stored: only a few rows are looked up at a time."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.weight = layer.weight
+
+    def forward(self, ids):
+        return F.embedding(ids, self.weight).astype("float32")
+
+
+class _Projector(nn.Layer):
+    """:class:`~.modeling.Projector`, fused."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        self.norm, self.up, self.down = _norm(layer["0"]), _pack(layer["1"], dtype), _pack(layer["3"], dtype)
+
+    def forward(self, x):
+        return kernels.mlp(x, self.up, self.down, norm=self.norm, activation="gelu")
+
+
+class _VisionLayer(nn.Layer):
+    """:class:`~.vision.VisionLayer`, fused; layer scale is part of the weights."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        attn, mlp = layer.attn, layer.mlp
+        self.dtype, self.heads = dtype, attn.heads
+        self.norm1, self.norm2 = _norm(layer.norm1), _norm(layer.norm2)
+        self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_normalization else None
+        self.qkv, self.proj = _pack(attn.qkv, dtype), _pack(attn.proj, dtype, layer.ls1)
+        self.fc1, self.fc2 = _pack(mlp.fc1, dtype), _pack(mlp.fc2, dtype, layer.ls2)
+
+    def forward(self, x):
+        tiles, tokens, width = x.shape
+        q, k, v = self.qkv(x, norm=self.norm1).split(3, axis=-1)
+        if self.qk_norms:
+            q, k = self.qk_norms[0](q), self.qk_norms[1](k)
+        q, k, v = (part.reshape([tiles, tokens, self.heads, width // self.heads]) for part in (q, k, v))
+        x = self.proj(kernels.attention(q, k, v, causal=False, dtype=self.dtype), residual=x)
+        return kernels.mlp(x, self.fc1, self.fc2, norm=self.norm2, activation="gelu", residual=x)
+
+
+class _DecoderLayer(nn.Layer):
+    """:class:`~.language.DecoderLayer`, fused."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        attn, mlp = layer.self_attn, layer.mlp
+        hidden = mlp.gate_up_proj.weight.shape[1] // 2
+        self.dtype, self.index, (self.heads, self.kv_heads, _) = dtype, attn.index, attn.split
+        self.norm1, self.norm2 = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self.qkv, self.o = _pack(attn.qkv_proj, dtype), _pack(attn.o_proj, dtype)
+        self.gate = _pack(mlp.gate_up_proj, dtype, last=hidden)
+        self.up = _pack(mlp.gate_up_proj, dtype, first=hidden)
+        self.down = _pack(mlp.down_proj, dtype)
+
+    def forward(self, x, rope, mask, cache=None):
+        batch, tokens, _ = x.shape
+        if mask.segments is not None:
+            raise ValueError("packed rows are for training: use the eager engine")
+        qkv = self.qkv(x, norm=self.norm1)
+        if cache is None:
+            width = qkv.shape[-1] // (self.heads + 2 * self.kv_heads)
+            keys, values = (paddle.empty([batch, tokens, self.kv_heads, width]) for _ in range(2))
+            length = tokens
+        else:
+            (keys, values), length = cache.stores(self.index), cache.length
+        q = kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, length - tokens)
+        x = self.o(
+            kernels.attention(q, keys, values, causal=True, length=length, starts=mask.starts, dtype=self.dtype), residual=x
+        )
+        return kernels.mlp(x, self.up, self.down, self.gate, self.norm2, "silu", residual=x)

@@ -1,0 +1,219 @@
+"""Text generation: choosing tokens, knowing when to stop, and turning tokens into text as they come."""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import paddle
+
+from paddlemix.errors import PromptError
+
+from .language import KVCache
+from .layers import AttentionMask
+
+
+@dataclass
+class GenerationConfig:
+    """How an answer is generated; names and meanings are those of ``transformers``.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens.
+        min_new_tokens: the end-of-answer tokens are forbidden before this many.
+        do_sample: draw tokens at random instead of always taking the likeliest.
+        temperature: below 1 sharpens, above 1 flattens the distribution that is drawn from.
+        top_k: draw from this many of the likeliest tokens; 0 for all.
+        top_p: draw from the smallest set of tokens whose probability reaches this; 1 for all.
+        repetition_penalty: divides (multiplies, if negative) the logits of tokens already in the answer; 1 for none.
+        eos_token_id: id or ids that end an answer; chat sets it from the template.
+        pad_token_id: what fills a finished row of a batch; by default the first end-of-answer token.
+        stop_strings: texts that end an answer; they are not part of it.
+        seed: of the random draws; None for a different answer each time.
+    """
+
+    max_new_tokens: int = 1024
+    min_new_tokens: int = 0
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    eos_token_id: int | list | None = None
+    pad_token_id: int | None = None
+    stop_strings: tuple = ()
+    seed: int | None = None
+
+    def __post_init__(self):
+        if isinstance(self.stop_strings, str):
+            self.stop_strings = (self.stop_strings,)
+        for name, valid, rule in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),
+            ("temperature", self.temperature > 0, "above 0 (use do_sample=False for greedy decoding)"),
+            ("top_k", self.top_k is None or self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+        ):
+            if not valid:
+                raise PromptError(f"{name} is {getattr(self, name)}: it must be {rule}")
+
+    @classmethod
+    def of(cls, value=None, **overrides):
+        """A configuration from None, a dictionary or another configuration, with some values replaced.
+
+        Raises:
+            PromptError: an option is not known.
+        """
+        known = [f.name for f in fields(cls)]
+        options = {name: getattr(value, name) for name in known} if isinstance(value, cls) else dict(value or {})
+        if options.pop("num_beams", 1) != 1:
+            raise PromptError("num_beams above 1 is not supported: use num_beams=1, with do_sample for variety")
+        options.update(overrides)
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise PromptError(f"generation option '{unknown[0]}' is not known: use {', '.join(known)}")
+        return cls(**options)
+
+    @property
+    def eos_token_ids(self):
+        """The ids that end an answer, as a list."""
+        if self.eos_token_id is None:
+            return []
+        return list(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+
+
+class Sampler:
+    """Chooses the next token of each row by a :class:`GenerationConfig`.
+
+    Everything but the plain argmax is done in float32 on the host, which costs less than a millisecond a row and is the
+    same on every device.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self._random = np.random.default_rng(config.seed)
+
+    def __call__(self, logits, answers):
+        """``logits [B, V]`` and the ``answers`` so far, a list of ids for each row -> next ids ``[B]`` int64."""
+        config = self.config
+        forbid_end = answers and len(answers[0]) < config.min_new_tokens and config.eos_token_ids
+        if not config.do_sample and config.repetition_penalty == 1 and not forbid_end:
+            return paddle.argmax(logits, axis=-1).numpy()
+        scores = logits.astype("float32").numpy().copy()
+        for row, answer in zip(scores, answers):
+            if config.repetition_penalty != 1 and answer:
+                seen = np.unique(answer)
+                row[seen] = np.where(
+                    row[seen] > 0, row[seen] / config.repetition_penalty, row[seen] * config.repetition_penalty
+                )
+            if forbid_end:
+                row[config.eos_token_ids] = -np.inf
+        if not config.do_sample:
+            return scores.argmax(-1)
+        return np.array([self._draw(row / config.temperature) for row in scores])
+
+    def _draw(self, scores):
+        order = np.arange(scores.size)
+        if self.config.top_k and self.config.top_k < scores.size:
+            order = np.argpartition(scores, -self.config.top_k)[-self.config.top_k :]
+        order = order[np.argsort(-scores[order], kind="stable")]
+        weights = np.exp(scores[order].astype(np.float64) - scores[order[0]])
+        weights /= weights.sum()
+        if self.config.top_p < 1:  # the token that reaches top_p belongs to the set
+            kept = int(np.searchsorted(np.cumsum(weights), self.config.top_p)) + 1
+            order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
+        return int(self._random.choice(order, p=weights))
+
+
+def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=None):
+    """Generate answers token by token.
+
+    Args:
+        language_model: a :class:`~.language.LanguageModel`.
+        inputs_embeds: ``[B, N, D]``, rows padded on the left. What a given ``cache`` already holds is not repeated here.
+        config: a :class:`GenerationConfig`.
+        starts: number of padding positions at the left of each row, ``[B]``; None for none.
+        cache: a :class:`~.language.KVCache` with room for ``N + max_new_tokens`` more positions; made if None.
+
+    Yields:
+        The next token of each row, ``[B]`` int64, until each row has met an end-of-answer id or ``max_new_tokens`` are
+        generated. A finished row yields ``pad_token_id``. The last tokens are not fed to the model.
+    """
+    batch, prompt = inputs_embeds.shape[:2]
+    if cache is None:
+        capacity = prompt + config.max_new_tokens
+        cache = KVCache(language_model.config, batch, capacity, inputs_embeds.dtype)
+    mask = AttentionMask(starts)
+    shift = np.zeros([batch, 1], "int64") if mask.starts is None else mask.starts.reshape([-1, 1]).astype("int64")
+    sampler = Sampler(config)
+    ends = config.eos_token_ids
+    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
+    answers = [[] for _ in range(batch)]
+    finished = np.zeros(batch, bool)
+
+    for _ in range(config.max_new_tokens):
+        positions = np.arange(cache.length, cache.length + inputs_embeds.shape[1])[None] - shift
+        positions = paddle.to_tensor(np.maximum(positions, 0))
+        hidden = language_model(inputs_embeds, positions, mask, cache)
+        logits = language_model.lm_head(hidden[:, -1])  # only the last position is asked for
+        tokens = np.where(finished, pad, sampler(logits, answers))
+        for answer, token in zip(answers, tokens):
+            answer.append(int(token))
+        finished |= np.isin(tokens, ends)
+        yield tokens
+        if finished.all():
+            return
+        inputs_embeds = language_model.embed(paddle.to_tensor(tokens.reshape([-1, 1]))).astype(inputs_embeds.dtype)
+
+
+class TextStream:
+    """Turns the ids of one answer into text as they come, never splitting a character.
+
+    ``stream.put(id)`` returns the text that became certain; ``stream.close()`` what is left. Together the pieces are
+    exactly the decoded answer, cut before the first stop string and stripped of white space at both ends.
+    ``stream.stopped`` tells that a stop string was met.
+    """
+
+    # Ids that are decoded again with each new one: enough for every tokenizer's rules about spaces.
+    _CONTEXT = 4
+
+    def __init__(self, tokenizer, stop_strings=()):
+        self._tokenizer = tokenizer
+        self._stop_strings = [s for s in stop_strings if s]
+        self._window, self._shown = [], 0  # the last ids, and how much of their text is in self._text
+        self._text, self._sent = "", 0
+        self.stopped = False
+
+    def _decode(self, ids):
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _advance(self, final=False):
+        text = self._decode(self._window)
+        stable = len(text) if final else self._tokenizer.stable_length(text)
+        self._text += text[self._shown : stable]
+        self._shown = max(self._shown, stable)
+        # Where all text is final, the ids long gone have no more say in what follows: the window can move on.
+        tail = self._decode(self._window[-self._CONTEXT :])
+        if self._shown == len(text) and tail and self._tokenizer.stable_length(tail) == len(tail):
+            self._window, self._shown = self._window[-self._CONTEXT :], len(tail)
+
+    def _emit(self, final):
+        found = [at for at in (self._text.find(s) for s in self._stop_strings) if at >= 0]
+        self.stopped = self.stopped or bool(found)
+        text = self._text[: min(found)] if found else self._text
+        text = text.lstrip()
+        ready = text.rstrip()
+        if not final and not found:  # the beginning of a stop string may be what the text ends in
+            held = max((k for s in self._stop_strings for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
+            ready = text[: len(text) - held].rstrip()
+        piece, self._sent = ready[self._sent :], max(self._sent, len(ready))
+        return piece
+
+    def put(self, token):
+        """Add the next id; return the text that became certain, possibly empty."""
+        self._window.append(int(token))
+        self._advance()
+        return self._emit(final=False)
+
+    def close(self):
+        """Return the text that was still held back."""
+        self._advance(final=True)
+        return self._emit(final=True)

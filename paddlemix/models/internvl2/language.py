@@ -1,0 +1,243 @@
+"""One decoder that is InternLM2, Llama, Qwen2 or Phi-3 by configuration.
+
+All four are pre-norm transformers with grouped-query attention, rotary positions and a gated SiLU MLP. They differ in
+biases, in the scaling of rotary positions and in how checkpoints name and slice their weights, which is the concern of
+``checkpoint.py``. Inside, queries, keys and values are one product, and so are gate and up. ``B`` rows, ``N`` new tokens,
+``S`` positions so far, ``D`` hidden width in the shapes below.
+"""
+
+import math
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention, swiglu
+
+
+class RotaryTables:
+    """Cosines and sines of rotary positions, computed once and looked up by position (arXiv 2104.09864).
+
+    Scalings: ``linear`` divides positions; ``dynamic`` (NTK) raises the base once a sequence is longer than
+    ``max_position_embeddings``, by the length reached so far, as InternLM2 does; ``longrope`` divides frequencies by
+    Phi-3's short or long factors (arXiv 2402.13753).
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self._tables = {}
+
+    def _frequencies(self, length):
+        """Angle for each position step ``[D / 2]`` float32, and the factor on cosines and sines."""
+        config, scaling = self.config, self.config.rope_scaling or {}
+        width, base = config.head_dim, config.rope_theta
+        exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        if config.rope_type == "dynamic" and length > config.max_position_embeddings:
+            factor = scaling["factor"]
+            stretch = factor * length / config.max_position_embeddings - (factor - 1)
+            base = base * stretch ** (width / (width - 2))
+        frequencies = 1.0 / np.float32(base) ** exponent
+        if config.rope_type == "linear":
+            frequencies = frequencies / np.float32(scaling["factor"])
+        if config.rope_type != "longrope":
+            return frequencies, 1.0
+        native = config.original_max_position_embeddings
+        divisors = scaling["long_factor" if length > native else "short_factor"]
+        growth = config.max_position_embeddings / native
+        amplitude = math.sqrt(1 + math.log(growth) / math.log(native)) if growth > 1 else 1.0
+        return frequencies / np.asarray(divisors, dtype=np.float32), amplitude
+
+    def variant(self, length):
+        """Sequences with the same variant share their tables, so keys cached under one are valid in the other."""
+        if self.config.rope_type == "dynamic" and length > self.config.max_position_embeddings:
+            return length
+        if self.config.rope_type == "longrope":
+            return "long" if length > self.config.original_max_position_embeddings else "short"
+        return "native"
+
+    def __call__(self, position_ids, length):
+        """Tables for some positions of a sequence.
+
+        Args:
+            position_ids: ``[B or 1, N]`` int64.
+            length: positions in the whole sequence so far; it decides the scaling.
+
+        Returns:
+            ``(cos, sin)``, each ``[B or 1, N, 1, D]`` float32; the first half of ``sin`` is negated for :func:`apply_rope`.
+        """
+        variant = self.variant(length)
+        cos, sin = self._tables.get(variant, (None, None))
+        if cos is None or cos.shape[0] < length:
+            rows = length if isinstance(variant, int) else 1 << max(length - 1, 255).bit_length()
+            frequencies, amplitude = self._frequencies(length)
+            angles = np.outer(np.arange(rows, dtype=np.float32), frequencies)
+            cos_half, sin_half = np.cos(angles) * amplitude, np.sin(angles) * amplitude
+            cos = paddle.to_tensor(np.concatenate([cos_half, cos_half], -1).astype("float32"))
+            sin = paddle.to_tensor(np.concatenate([-sin_half, sin_half], -1).astype("float32"))
+            if isinstance(variant, int):  # one length's tables are of no use to the next
+                self._tables = {k: v for k, v in self._tables.items() if not isinstance(k, int)}
+            self._tables[variant] = (cos, sin)
+        # embedding() is the lookup that every backend has natively.
+        return F.embedding(position_ids, cos).unsqueeze(2), F.embedding(position_ids, sin).unsqueeze(2)
+
+
+class KVCache:
+    """Keys and values of every layer, allocated once for ``capacity`` positions and filled in place.
+
+    Args:
+        config: the language configuration.
+        batch: rows ``B``.
+        capacity: positions a row can hold.
+        dtype: dtype of keys and values.
+    """
+
+    def __init__(self, config, batch, capacity, dtype):
+        shape = [batch * capacity, config.num_key_value_heads, config.head_dim]
+        self.batch, self.capacity, self.length = batch, capacity, 0
+        self._keys = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
+        self._values = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
+        self._rows = None
+
+    def reserve(self, count):
+        """Make the next ``count`` positions the ones that :meth:`append` fills in each layer."""
+        if self.length + count > self.capacity:
+            raise ValueError(f"the KV cache holds {self.capacity} positions; {self.length + count} were asked for")
+        rows = np.arange(self.batch)[:, None] * self.capacity + np.arange(self.length, self.length + count)
+        self._rows = paddle.to_tensor(rows.reshape(-1))
+        self.length += count
+
+    def truncate(self, length):
+        """Forget everything from position ``length`` on."""
+        self.length = min(self.length, length)
+
+    def grown(self, capacity):
+        """This cache if it holds ``capacity`` positions, else a larger one with the same contents (one row only)."""
+        if capacity <= self.capacity:
+            return self
+        for stores in (self._keys, self._values):
+            for i, store in enumerate(stores):
+                room = paddle.zeros([capacity - self.capacity, *store.shape[1:]], store.dtype)
+                stores[i] = paddle.concat([store, room])
+        self.capacity = capacity
+        return self
+
+    def stores(self, layer):
+        """The layer's keys and values, ``[B, capacity, K, D]`` each, on the cache's own memory."""
+        shape = [self.batch, self.capacity, *self._keys[layer].shape[1:]]
+        return self._keys[layer].reshape(shape), self._values[layer].reshape(shape)
+
+    def append(self, layer, k, v):
+        """Write ``k, v [B, N, K, D]`` of the reserved positions; return all of the layer's, ``[B, S, K, D]`` each."""
+        for store, new in ((self._keys[layer], k), (self._values[layer], v)):
+            paddle.scatter_(store, self._rows, new.reshape([-1, *store.shape[1:]]), overwrite=True)
+        return [store[:, : self.length] for store in self.stores(layer)]
+
+
+class DecoderAttention(nn.Layer):
+    """Causal attention with grouped queries."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        width = config.head_dim
+        self.index = index
+        self.split = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
+        self.qkv_proj = Linear(config.hidden_size, sum(self.split) * width, bias=config.qkv_bias)
+        self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size, bias=config.o_bias)
+
+    def forward(self, x, rope, mask, cache, residual):
+        """``residual + attention(x)``, all ``[B, N, D]``."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv_proj(x).reshape([batch, tokens, sum(self.split), -1])
+        q, k, v = qkv.split(self.split, axis=2)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)
+        return self.o_proj(attention(q, k, v, mask), residual=residual)
+
+
+class DecoderMLP(nn.Layer):
+    """Gated SiLU MLP (arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x, residual):
+        """``residual + mlp(x)``, all ``[B, N, D]``."""
+        return self.down_proj(swiglu(self.gate_up_proj(x)), residual=residual)
+
+
+class DecoderLayer(nn.Layer):
+    """Pre-norm block."""
+
+    def __init__(self, config, index):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DecoderAttention(config, index)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = DecoderMLP(config)
+
+    def forward(self, x, rope, mask, cache=None):
+        """``[B, N, D] -> [B, N, D]``."""
+        x = self.self_attn(self.input_layernorm(x), rope, mask, cache, residual=x)
+        return self.mlp(self.post_attention_layernorm(x), residual=x)
+
+
+class Decoder(nn.Layer):
+    """Token embeddings, the stack of blocks and the final norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size,
+            config.hidden_size,
+            weight_attr=paddle.ParamAttr(initializer=nn.initializer.Normal(std=config.initializer_range)),
+        )
+        self.layers = nn.LayerList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = RotaryTables(config)
+        self.enable_recompute = False
+
+    def forward(self, inputs_embeds, position_ids, mask, cache=None):
+        """``inputs_embeds [B, N, D]``, ``position_ids [B or 1, N]`` -> hidden states ``[B, N, D]``, normalised."""
+        tokens = inputs_embeds.shape[1]
+        if cache is not None:
+            cache.reserve(tokens)
+        rope = self.rope(position_ids, tokens if cache is None else cache.length)
+        x = inputs_embeds
+        for layer in self.layers:
+            if self.enable_recompute and self.training:
+                x = paddle.distributed.fleet.utils.recompute(layer, x, rope, mask, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, cache)
+        return self.norm(x)
+
+
+class LanguageModel(nn.Layer):
+    """Decoder with its output head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, input_ids):
+        """Token ids ``[B, N]`` -> embeddings ``[B, N, D]``."""
+        return self.model.embed_tokens(input_ids)
+
+    def forward(self, inputs_embeds, position_ids=None, mask=None, cache=None):
+        """Hidden states ``[B, N, D]`` before the head; :attr:`lm_head` turns the positions that matter into logits.
+
+        Args:
+            inputs_embeds: ``[B, N, D]``.
+            position_ids: ``[B or 1, N]`` int64; by default the positions that follow what the cache holds.
+            mask: :class:`AttentionMask`; None for a plain causal one.
+            cache: :class:`KVCache` with the keys and values of earlier positions.
+        """
+        if position_ids is None:
+            start = 0 if cache is None else cache.length
+            position_ids = paddle.arange(start, start + inputs_embeds.shape[1], dtype="int64").unsqueeze(0)
+        return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache)

@@ -1,0 +1,343 @@
+"""InternVLChatModel: pictures and text in, text or a loss out."""
+
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from paddlemix.errors import ConfigError, PromptError
+
+from .chat import ChatSession, batch_chat
+from .checkpoint import load_checkpoint, save_checkpoint
+from .configuration import InternVLChatConfig
+from .conversation import IMG_CONTEXT, get_template
+from .engine import choose, fuse
+from .generation import GenerationConfig, generate_tokens
+from .hub import resolve
+from .language import LanguageModel
+from .layers import AttentionMask, LayerNorm, Linear
+from .vision import InternVisionModel
+
+
+@dataclass
+class CausalLMOutput:
+    """``loss``: a scalar, or None without labels; ``logits``: ``[B, N, V]``."""
+
+    loss: paddle.Tensor | None
+    logits: paddle.Tensor
+
+
+class Projector(nn.Sequential):
+    """LayerNorm, linear, GELU, linear: from ``4 * D_vision`` to the language model's width.
+
+    The members are numbered as in published checkpoints, where 2 is the activation.
+    """
+
+    def __init__(self, size_in, size_out):
+        super().__init__()
+        self.add_sublayer("0", LayerNorm(size_in, 1e-5))
+        self.add_sublayer("1", Linear(size_in, size_out))
+        self.add_sublayer("3", Linear(size_out, size_out))
+
+    def forward(self, x):
+        """``[..., 4 * D_vision] -> [..., D]``."""
+        return self["3"](self["1"](self["0"](x), gelu=True))
+
+
+def pixel_shuffle(x, factor, version="v2"):
+    """Trade resolution for depth: ``[T, rows, columns, D] -> [T, rows * factor, columns * factor, D / factor**2]``.
+
+    Version v1 leaves rows and columns of the result swapped, and the oldest checkpoints were trained that way.
+    """
+    tiles, rows, columns, width = x.shape
+    x = x.reshape([tiles, rows, int(columns * factor), int(width / factor)])
+    x = x.transpose([0, 2, 1, 3])
+    x = x.reshape([tiles, int(columns * factor), int(rows * factor), int(width / factor**2)])
+    return x if version == "v1" else x.transpose([0, 2, 1, 3])
+
+
+class InternVLChatModel(nn.Layer):
+    """A vision tower, a projector and a language model (arXiv 2404.16821).
+
+    ``T`` tiles, ``B`` rows, ``N`` tokens, ``D`` the language model's width, ``V`` its vocabulary below.
+    """
+
+    # Tiles that go through the vision tower at once without gradients; more cost memory and save no time on CPU.
+    vision_batch = 4
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision_model = InternVisionModel(config.vision_config)
+        scale = round(1 / config.downsample_ratio) ** 2
+        self.mlp1 = Projector(config.vision_config.hidden_size * scale, config.llm_config.hidden_size)
+        self.language_model = LanguageModel(config.llm_config)
+        self.img_context_token_id = None  # chat and the trainer set it from the tokenizer
+
+    # ------------------------------------------------------------------ weights
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, dtype="auto", engine="auto"):
+        """Load a published checkpoint, or one that was saved here.
+
+        Args:
+            name_or_path: a directory, or a name such as ``OpenGVLab/InternVL2-1B``.
+            dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for what the device in use computes best in.
+            engine: ``eager`` for plain Paddle, ``inference`` for the fused CPU kernels of :mod:`~.engine`, or ``auto``.
+
+        Raises:
+            ConfigError, CheckpointError: the directory does not hold a complete checkpoint of a supported model.
+        """
+        directory = resolve(name_or_path)
+        config = InternVLChatConfig.from_pretrained(directory)
+        with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
+            model = cls(config)
+        engine, dtype = choose(engine, dtype, count_parameters(model))
+        load_checkpoint(model, directory, dtype)
+        model.eval()
+        if engine == "inference":
+            fuse(model, dtype)
+        return model
+
+    def save_pretrained(self, directory, layout="torch", max_shard_size="5GB"):
+        """Write configuration and weights; ``layout`` is ``torch`` (readable by every InternVL engine) or ``paddle``."""
+        os.makedirs(directory, exist_ok=True)
+        save_checkpoint(self, self.config, directory, layout=layout, max_shard_size=max_shard_size)
+        self.config.save(directory)
+
+    # ------------------------------------------------------------------ pictures
+
+    def extract_feature(self, pixel_values):
+        """Features of tiles, ready to take the place of context tokens.
+
+        Args:
+            pixel_values: ``[T, 3, height, width]``, normalised; a tensor or an array.
+
+        Returns:
+            ``[T, num_image_token, D]``. Without gradients, equal tiles are computed once, a few tiles at a time.
+        """
+        if paddle.is_grad_enabled() and self.training:
+            return self._extract_feature(paddle.to_tensor(pixel_values))
+        pixels = np.asarray(pixel_values, dtype="float32")
+        first, places = {}, []  # blank frames and repeated pictures cost nothing
+        for i, tile in enumerate(pixels):
+            places.append(first.setdefault(tile.tobytes(), (len(first), i))[0])
+        distinct = [i for _, i in first.values()]
+        with paddle.no_grad():
+            parts = [
+                self._extract_feature(paddle.to_tensor(pixels[distinct[at : at + self.vision_batch]]))
+                for at in range(0, len(distinct), self.vision_batch)
+            ]
+            features = paddle.concat(parts)
+            return features if len(distinct) == len(places) else features[paddle.to_tensor(places)]
+
+    def _extract_feature(self, pixel_values):
+        config = self.config
+        patch = config.vision_config.patch_size
+        rows, columns = (side // patch for side in pixel_values.shape[2:])
+        x = self.vision_model(pixel_values, config.select_layer)[:, 1:]  # without the class token
+        x = x.reshape([x.shape[0], rows, columns, x.shape[-1]])
+        x = pixel_shuffle(x, config.downsample_ratio, config.ps_version)
+        return self.mlp1(x.reshape([x.shape[0], -1, x.shape[-1]]))
+
+    def embed(self, input_ids, features=None):
+        """Token embeddings with picture features in the places of the context tokens.
+
+        Args:
+            input_ids: ``[B, N]`` int64.
+            features: ``[number of context tokens, D]`` in reading order, or None.
+
+        Raises:
+            PromptError: context tokens and features differ in number.
+        """
+        ids = np.asarray(input_ids)
+        embeds = self.language_model.embed(paddle.to_tensor(ids))
+        places = np.flatnonzero(ids == self.img_context_token_id) if self.img_context_token_id is not None else ids[:0]
+        count = 0 if features is None else features.shape[0]
+        if count != places.size:
+            raise PromptError(
+                f"the prompt has {places.size} image context tokens but the pictures have {count} features: "
+                "each tile needs exactly its own, so check num_patches_list, and max_seq_length when training"
+            )
+        if not count:
+            return embeds
+        flat = embeds.reshape([-1, embeds.shape[-1]])
+        flat = paddle.scatter(flat, paddle.to_tensor(places), features.astype(flat.dtype), overwrite=True)
+        return flat.reshape(embeds.shape)
+
+    # ------------------------------------------------------------------ training
+
+    def forward(self, pixel_values=None, input_ids=None, attention_mask=None, position_ids=None, image_flags=None, labels=None):
+        """Logits of every position, and the loss where labels are given.
+
+        Args:
+            pixel_values: ``[T, 3, height, width]``, or None for text alone.
+            input_ids: ``[B, N]`` int64 with a context token for each picture feature.
+            attention_mask: ``[B, N]``, 0 for padding on the left or the right; None for no padding.
+            position_ids: ``[B, N]`` int64; None for 0, 1, 2, ... in every row.
+            image_flags: ``[T]``, 0 for tiles that stand in where a sample has no picture; None for all 1.
+            labels: ``[B, N]`` int64, -100 where nothing is to be learned; position ``n`` is predicted from those before it.
+
+        Returns:
+            :class:`CausalLMOutput`; the loss is the mean over labelled tokens.
+
+        Raises:
+            PromptError: context tokens and picture features differ in number.
+        """
+        features, unused = None, None
+        if pixel_values is not None:
+            features = self.extract_feature(pixel_values)
+            if image_flags is not None:
+                used = np.flatnonzero(np.asarray(image_flags).reshape(-1))
+                # Keep every rank's graph the same: a batch without pictures still reaches the vision parameters.
+                unused = features.sum() * 0 if used.size == 0 else None
+                features = features[paddle.to_tensor(used)] if used.size else None
+            if features is not None:
+                features = features.reshape([-1, features.shape[-1]])
+        embeds = self.embed(input_ids, features)
+        if unused is not None:
+            embeds = embeds + unused
+        mask = None if attention_mask is None else AttentionMask.from_padding(attention_mask)
+        position_ids = None if position_ids is None else paddle.to_tensor(position_ids)
+        hidden = self.language_model(embeds, position_ids, mask)
+        logits = self.language_model.lm_head(hidden)
+        loss = None if labels is None else causal_loss(logits, paddle.to_tensor(labels))
+        return CausalLMOutput(loss, logits)
+
+    # ------------------------------------------------------------------ generating
+
+    @paddle.no_grad()
+    def generate(
+        self, pixel_values=None, input_ids=None, attention_mask=None, visual_features=None, generation_config=None, **options
+    ):
+        """Continue token ids.
+
+        Args:
+            pixel_values: ``[T, 3, height, width]``, or None.
+            input_ids: ``[B, N]`` int64, rows padded on the left.
+            attention_mask: ``[B, N]``, 0 for padding; None for none.
+            visual_features: ``[T, num_image_token, D]`` from :meth:`extract_feature`, instead of ``pixel_values``.
+            generation_config: a :class:`GenerationConfig` or a dictionary; ``options`` replace some of its values.
+
+        Returns:
+            The new tokens alone, ``[B, M]`` int64, finished rows filled with ``pad_token_id``.
+
+        Raises:
+            PromptError: the prompt is too long, or context tokens and features differ in number.
+        """
+        config = GenerationConfig.of(generation_config, **options)
+        if visual_features is None and pixel_values is not None:
+            visual_features = self.extract_feature(pixel_values)
+        features = None if visual_features is None else visual_features.reshape([-1, visual_features.shape[-1]])
+        ids = np.asarray(input_ids)
+        starts = None
+        if attention_mask is not None:
+            mask = np.asarray(attention_mask)
+            starts = mask.shape[1] - mask.sum(1)
+            if (mask != (np.arange(mask.shape[1]) >= starts[:, None])).any():
+                raise PromptError("attention_mask must have its zeros at the left: pad prompts on the left to generate")
+        config = self.fit_context(config, ids.shape[1])
+        steps = generate_tokens(self.language_model, self.embed(ids, features), config, starts)
+        return paddle.to_tensor(np.stack(list(steps), axis=1))
+
+    def fit_context(self, config, prompt_length):
+        """``config`` with ``max_new_tokens`` cut to what the context has room for after ``prompt_length`` tokens.
+
+        Raises:
+            PromptError: the prompt alone fills the context.
+        """
+        room = self.config.llm_config.context_length - prompt_length
+        if room < 1:
+            raise PromptError(
+                f"the prompt has {prompt_length} tokens but the model's context is {self.config.llm_config.context_length}: "
+                "use fewer tiles (--max_num), fewer pictures, or a shorter text"
+            )
+        return GenerationConfig.of(config, max_new_tokens=min(config.max_new_tokens, room))
+
+    def template(self):
+        """The checkpoint's conversation template, with its own system message where it has one.
+
+        Raises:
+            ConfigError: the checkpoint names none.
+        """
+        if self.config.template is None:
+            raise ConfigError("config.json has no 'template': add the one that the model was trained with")
+        return get_template(self.config.template).with_system_message(self.config.system_message)
+
+    def chat(
+        self,
+        tokenizer,
+        pixel_values,
+        question,
+        generation_config=None,
+        history=None,
+        return_history=False,
+        num_patches_list=None,
+    ):
+        """Ask one question, as the original does.
+
+        Args:
+            tokenizer: from :func:`~.tokenization.load_tokenizer`.
+            pixel_values: ``[T, 3, height, width]`` of all pictures of the conversation, or None.
+            question: text; each ``<image>`` marks a picture. Without history and marks, one mark is put in front.
+            generation_config: a :class:`GenerationConfig` or a dictionary.
+            history: ``[(question, answer), ...]`` of earlier rounds, as returned.
+            return_history: return ``(answer, history)`` instead of the answer.
+            num_patches_list: tiles of each picture; None for one picture of all tiles.
+
+        Raises:
+            PromptError: pictures and marks differ in number, a reserved token is in the text, or the prompt is too long.
+        """
+        session = ChatSession(self, tokenizer, history=history)
+        answer = session.ask(question, pixel_values, generation_config, num_patches_list)
+        return (answer, session.history) if return_history else answer
+
+    def batch_chat(
+        self,
+        tokenizer,
+        pixel_values,
+        questions,
+        generation_config=None,
+        num_patches_list=None,
+        history=None,
+        return_history=False,
+    ):
+        """Ask many questions at once; see :func:`~.chat.batch_chat`."""
+        return batch_chat(
+            self, tokenizer, pixel_values, questions, generation_config, num_patches_list, history, return_history
+        )
+
+    def set_tokenizer(self, tokenizer):
+        """Take the id of the context token from the tokenizer, and check that both belong together.
+
+        Raises:
+            TokenizerError: the tokenizer has no context token. ConfigError: it has more tokens than the model.
+        """
+        self.img_context_token_id = tokenizer.require_token_id(IMG_CONTEXT)
+        if self.img_context_token_id >= self.config.llm_config.vocab_size:
+            raise ConfigError(
+                f"the tokenizer's {IMG_CONTEXT} is {self.img_context_token_id}, beyond the model's vocabulary of "
+                f"{self.config.llm_config.vocab_size}: tokenizer files and weights are of different models"
+            )
+
+
+def causal_loss(logits, labels):
+    """Mean cross entropy of ``logits [B, N, V]`` against the next position's ``labels [B, N]``, -100 ignored.
+
+    Written with clamped labels and an explicit mask: Paddle 3.3's own mean divides by ignored tokens too, and negative
+    labels send Ascend's kernel to the host.
+    """
+    logits = logits[:, :-1].astype("float32")
+    targets = labels[:, 1:]
+    valid = (targets >= 0).astype("float32")
+    losses = F.cross_entropy(logits, targets.clip(min=0).unsqueeze(-1), reduction="none").squeeze(-1)
+    return (losses * valid).sum() / valid.sum().clip(min=1)
+
+
+def count_parameters(layer):
+    """Number of parameters of ``layer``."""
+    return sum(math.prod(p.shape) for p in layer.parameters())

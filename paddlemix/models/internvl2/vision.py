@@ -1,0 +1,169 @@
+"""InternViT, the vision tower, in both flavours (arXiv 2312.14238, 2404.16821).
+
+300M: LayerNorm and a bias on qkv. 6B: RMSNorm, no bias on qkv, and RMSNorm of queries and keys over the whole width.
+There is no final norm. ``T`` tiles, ``P`` patches of a tile, ``D`` width in the shapes below.
+"""
+
+import math
+
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from .layers import LayerNorm, Linear, RMSNorm, attention
+
+
+class VisionEmbeddings(nn.Layer):
+    """Patches, a class token and learned positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        normal = nn.initializer.Normal(std=config.initializer_range)
+        width, patch = config.hidden_size, config.patch_size
+        self.native_grid = (config.image_size // patch,) * 2
+        self.patch_embedding = nn.Conv2D(config.num_channels, width, patch, stride=patch)
+        self.class_embedding = self.create_parameter([1, 1, width], default_initializer=normal)
+        self.position_embedding = self.create_parameter([1, 1 + math.prod(self.native_grid), width], default_initializer=normal)
+        self._resized = {}
+
+    def positions(self, grid):
+        """Position embeddings ``[1, 1 + P, D]`` for a grid of patches, interpolated only where it is not the native one."""
+        if grid == self.native_grid:
+            return self.position_embedding
+        table = self.position_embedding
+        if paddle.is_grad_enabled() and not table.stop_gradient:
+            return self._resize(grid)
+        # Interpolating is slow on NPU, which has no kernel for it: once a grid, as long as the weights are the same.
+        known, resized = self._resized.get(grid, (None, None))
+        if known is None or not bool(paddle.equal_all(known, table)):
+            known, resized = table.detach().clone(), self._resize(grid)
+            self._resized[grid] = known, resized
+        return resized
+
+    def _resize(self, grid):
+        table = self.position_embedding
+        native = table[:, 1:].astype("float32").reshape([1, *self.native_grid, -1]).transpose([0, 3, 1, 2])
+        resized = F.interpolate(native, size=list(grid), mode="bicubic", align_corners=False)
+        resized = resized.flatten(2).transpose([0, 2, 1]).astype(table.dtype)
+        return paddle.concat([table[:, :1], resized], axis=1)
+
+    def forward(self, pixel_values):
+        """``[T, 3, height, width] -> [T, 1 + P, D]``."""
+        patches = self.patch_embedding(pixel_values.astype(self.patch_embedding.weight.dtype))  # [T, D, rows, columns]
+        grid = tuple(patches.shape[2:])
+        tokens = patches.flatten(2).transpose([0, 2, 1])
+        tokens = paddle.concat([self.class_embedding.expand([tokens.shape[0], -1, -1]), tokens], axis=1)
+        return tokens + self.positions(grid)
+
+
+class VisionAttention(nn.Layer):
+    """Multi-head attention over all patches of a tile."""
+
+    def __init__(self, config):
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
+        self.proj = Linear(width, width)
+        self.qk_normalization = config.qk_normalization
+        if config.qk_normalization:
+            self.q_norm = RMSNorm(width, config.layer_norm_eps)
+            self.k_norm = RMSNorm(width, config.layer_norm_eps)
+
+    def forward(self, x, scale, residual):
+        """``residual + scale * attention(x)``, all ``[T, 1 + P, D]``."""
+        tiles, tokens, width = x.shape
+        qkv = self.qkv(x)
+        if self.qk_normalization:  # over the whole width, before the heads are split
+            q, k, v = qkv.split(3, axis=-1)
+            qkv = paddle.concat([self.q_norm(q), self.k_norm(k), v], axis=-1)
+        q, k, v = qkv.reshape([tiles, tokens, 3 * self.heads, width // self.heads]).split(3, axis=2)
+        return self.proj(attention(q, k, v), scale=scale, residual=residual)
+
+
+class VisionMLP(nn.Layer):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x, scale, residual):
+        """``residual + scale * mlp(x)``, all ``[T, 1 + P, D]``."""
+        return self.fc2(self.fc1(x, gelu=True), scale=scale, residual=residual)
+
+
+class VisionLayer(nn.Layer):
+    """Pre-norm block with layer scale and, in training, stochastic depth (arXiv 1603.09382)."""
+
+    def __init__(self, config, drop_path):
+        super().__init__()
+        norm = {"rms_norm": RMSNorm, "layer_norm": LayerNorm}[config.norm_type]
+        factor = nn.initializer.Constant(config.initializer_factor)
+        self.norm1 = norm(config.hidden_size, config.layer_norm_eps)
+        self.attn = VisionAttention(config)
+        self.ls1 = self.create_parameter([config.hidden_size], default_initializer=factor)
+        self.norm2 = norm(config.hidden_size, config.layer_norm_eps)
+        self.mlp = VisionMLP(config)
+        self.ls2 = self.create_parameter([config.hidden_size], default_initializer=factor)
+        self.drop_path = drop_path
+
+    def _branch_scale(self, scale, tiles):
+        """Layer scale, with the branch switched off for a random part of the tiles in training."""
+        if not self.training or self.drop_path == 0:
+            return scale
+        keep = 1 - self.drop_path
+        kept = (paddle.rand([tiles, 1, 1]) < keep).astype("float32") / keep
+        return scale * kept.astype(scale.dtype)
+
+    def forward(self, x):
+        """``[T, 1 + P, D] -> [T, 1 + P, D]``."""
+        x = self.attn(self.norm1(x), self._branch_scale(self.ls1, x.shape[0]), x)
+        return self.mlp(self.norm2(x), self._branch_scale(self.ls2, x.shape[0]), x)
+
+
+class VisionEncoder(nn.Layer):
+    """The stack of blocks."""
+
+    def __init__(self, config):
+        super().__init__()
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.layers = nn.LayerList([VisionLayer(config, rate) for rate in rates])
+        self.enable_recompute = False
+
+    def forward(self, x, depth):
+        """Run the first ``depth`` blocks on ``x [T, 1 + P, D]``."""
+        for layer in self.layers[:depth]:
+            if self.enable_recompute and self.training:
+                # Non-reentrant: the input of the first block needs no gradient, which the reentrant form would take
+                # to mean that its weights need none either.
+                x = paddle.distributed.fleet.utils.recompute(layer, x, use_reentrant=False)
+            else:
+                x = layer(x)
+        return x
+
+
+class InternVisionModel(nn.Layer):
+    """Vision tower: pixels to one vector a patch."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = VisionEmbeddings(config)
+        self.encoder = VisionEncoder(config)
+
+    def forward(self, pixel_values, select_layer=-1):
+        """Features of the class token and of every patch.
+
+        Args:
+            pixel_values: ``[T, 3, height, width]``, normalised; sides are multiples of the patch size.
+            select_layer: which hidden state: 0 is the embedding, ``num_hidden_layers`` or -1 the last block's output.
+                Blocks after it are not run.
+
+        Returns:
+            ``[T, 1 + P, D]``.
+        """
+        depth = select_layer if select_layer >= 0 else len(self.encoder.layers) + 1 + select_layer
+        return self.encoder(self.embeddings(pixel_values), depth)
