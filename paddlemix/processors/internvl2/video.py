@@ -38,7 +38,7 @@ def load_video(
 
     Args:
         path: a video file, an animated GIF, WebP, PNG or AVIF, or a folder of frames in natural order of their names.
-        bound: (start, end) in seconds; an end past the last frame means the last frame. None takes the whole video.
+        bound: (start, end) in seconds; an end past the last frame, such as ``inf``, is cut to it. None takes the whole video.
         input_size, max_num, use_thumbnail, normalize_type: tiling of each frame, see ``load_image``.
         num_segments: number of frames; a shorter video repeats some.
         reader: see :func:`sample_frames`.
@@ -110,7 +110,7 @@ def _iterate_frames(path, num_segments, bound, sample, rng, reader):
             raise VideoError(f"{video.name} holds no frame; replace it")
         if bound is not None:
             fps = video.fps
-            _check_bound(video.name, bound, fps, max_frame)
+            bound = _checked_bound(video.name, bound, fps, max_frame)
         if sample == "segment":
             indices = get_index(bound, fps, max_frame, num_segments=num_segments)
         else:
@@ -137,17 +137,18 @@ def _interval_indices(first, last, num_segments, sample, rng):
     return np.pad(indices, (0, num_segments - len(indices)), mode="edge")
 
 
-def _check_bound(name, bound, fps, max_frame):
+def _checked_bound(name, bound, fps, max_frame):
     try:
         start, end = (float(second) for second in bound)
     except (TypeError, ValueError):
         raise VideoError(f"bound must be a pair (start, end) in seconds, not {bound!r}") from None
-    if not 0 <= start < end < float("inf"):
+    if not 0 <= start < end:
         raise VideoError(f"bound {bound!r} must satisfy 0 <= start < end, in seconds")
     if fps is None:
         raise VideoError(f"{name} is a folder of frames, which has no frame rate: leave bound out")
     if round(start * fps) > max_frame:
         raise VideoError(f"bound starts at {start:g} s, but {name} is only {(max_frame + 1) / fps:.2f} s long")
+    return start, min(end, (max_frame + 1) / fps)
 
 
 def _open(path, reader):
@@ -567,6 +568,6 @@ class _DecordReader:
             raise VideoError(f"{self.name} {what}; replace it, or try another reader") from error
 
 
-# In order of preference. PyAV is exact on every file tried and the fastest. OpenCV takes all colours for BT.601 and counts
+# In order of preference. PyAV is exact on every file tried and at least as fast. OpenCV takes all colours for BT.601 and counts
 # VP8's hidden frames. decord knows no edit lists, loses the first frames of MPEG-TS, and has no build for aarch64.
 _READERS = {"av": _AvReader, "opencv": _OpenCvReader, "decord": _DecordReader}
