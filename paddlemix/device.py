@@ -1,10 +1,10 @@
 """The only file that tells devices apart.
 
-Everything else asks here: where to run (:func:`set_device`), in which dtype (:func:`resolve_dtype`), with which fused
-kernels (:func:`attention_kernel`), and how much memory was used (:func:`peak_memory`). The rules and the traps behind
-them are listed in ``docs/npu.md``.
+Everything else asks here: where to run (:func:`set_device`), in which dtype (:func:`resolve_dtype`), which fused kernel
+there may be (:func:`fused_kernel`), and about memory and time. The rules and the traps behind them are in ``docs/npu.md``.
 """
 
+import logging
 import os
 import resource
 
@@ -14,52 +14,86 @@ from paddlemix.errors import DeviceError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# What the Ascend plug-in reads from the environment when Paddle is imported; tools/npu/env.sh says why.
+_NPU_FLAGS = ("FLAGS_npu_storage_format", "FLAGS_npu_jit_compile", "FLAGS_npu_scale_aclnn", "FLAGS_npu_split_aclnn")
+
+# Fused kernels by kind of device, then by function: Paddle's own for GPU, custom operators of the Ascend plug-in. The
+# functions that use them, and check that the plug-in has them, are in kernels/fused.py.
+_FUSED = {
+    "gpu": {"attention": "flash_attention", "norm": "rms_norm", "rope": "fused_rotary_position_embedding"},
+    "npu": {"attention": "flash_attention_npu", "norm": "rms_norm_npu", "rope": "fused_rope"},
+}
+
+_log = logging.getLogger(__name__)
+
+
+def plugins():
+    """Kinds of the plug-in devices that Paddle found, such as ``["npu"]``."""
+    return paddle.device.get_all_custom_device_type() or []
+
+
+def count(kind):
+    """How many devices of a kind are visible; CPU counts as one."""
+    if kind == "cpu":
+        return 1
+    if kind == "gpu":
+        return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
+    return sum(name.split(":")[0] == kind for name in paddle.device.get_available_custom_device() or [])
+
 
 def set_device(name="auto"):
-    """Select the device of all further work and return its kind: ``"cpu"``, ``"gpu"``, ``"npu"`` or a plugin's name.
+    """Select the device of all further work and return its kind: ``"cpu"``, ``"gpu"``, ``"npu"`` or a plug-in's name.
 
     Args:
         name: ``auto`` (the first that exists of a Paddle plug-in device, a GPU, the CPU), ``cpu``, ``gpu``, ``npu`` or
             the name of any other Paddle custom device, each with an optional index such as ``gpu:1``.
 
     Raises:
-        DeviceError: the device does not exist, or this build of Paddle does not support it.
+        DeviceError: the device does not exist, this build of Paddle does not support it, or Paddle was started without the
+            settings that it needs.
     """
-    custom = paddle.device.get_all_custom_device_type() or []
+    custom = plugins()
     if name == "auto":
-        if custom:
-            name = custom[0]
-        elif paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0:
-            name = "gpu"
-        else:
-            name = "cpu"
-    asked = name.split(":")[0]
-    if asked == "gpu":
+        name = custom[0] if custom else "gpu" if count("gpu") else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "gpu":
         if not paddle.device.is_compiled_with_cuda():
             raise DeviceError(
                 f"device '{name}' needs the GPU build of Paddle, but {paddle.__version__} here is a CPU build: "
                 "run `make install DEVICE=gpu`, or use --device cpu"
             )
-        if paddle.device.cuda.device_count() == 0:
+        if count(kind) == 0:
             raise DeviceError(f"device '{name}' was asked for, but no GPU is visible: check nvidia-smi, or use --device cpu")
-    elif asked != "cpu" and asked not in custom:
+    elif kind != "cpu" and kind not in custom:
         found = f"found only {', '.join(custom)}" if custom else "found none"
         raise DeviceError(
             f"device '{name}' needs a Paddle plug-in of that name, but Paddle {found}: "
             "see docs/npu.md for Ascend, or use --device cpu"
         )
-    if asked in custom and os.environ.get("FLAGS_use_stride_kernel", "1").lower() not in ("0", "false"):
-        raise DeviceError(
-            f"device '{name}' needs FLAGS_use_stride_kernel=0 in the environment before Paddle starts: "
-            "run `source tools/npu/env.sh` first"
-        )
+    if index and not (index.isdigit() and int(index) < count(kind)):
+        raise DeviceError(f"device '{name}' does not exist: {count(kind)} of kind {kind} are visible, numbered from 0")
+    if kind in custom:
+        # Read from Paddle rather than from the environment, where a value that came too late would look right.
+        if paddle.get_flags("FLAGS_use_stride_kernel")["FLAGS_use_stride_kernel"]:
+            raise DeviceError(
+                f"device '{name}' needs FLAGS_use_stride_kernel=0 in the environment before Paddle starts: "
+                "run `source tools/npu/env.sh` first"
+            )
+        unset = [flag for flag in _NPU_FLAGS if flag not in os.environ]
+        if kind == "npu" and unset:
+            _log.warning("%s not set: run `source tools/npu/env.sh` before Python for the settings of Ascend", ", ".join(unset))
     paddle.set_device(name)
-    return asked
+    return kind
 
 
 def current():
     """Kind of the device in use: ``"cpu"``, ``"gpu"``, ``"npu"`` or a plug-in's name."""
     return paddle.device.get_device().split(":")[0]
+
+
+def is_cpu(kind=None):
+    """Whether the device in use, or a kind of device, is the CPU."""
+    return (kind or current()) == "cpu"
 
 
 def supports_bfloat16():
@@ -69,11 +103,9 @@ def supports_bfloat16():
     on plug-in devices that do have it.
     """
     kind = current()
-    if kind == "cpu":
-        return False
     if kind == "gpu":
         return paddle.device.cuda.get_device_capability()[0] >= 8
-    return True
+    return kind != "cpu"
 
 
 def resolve_dtype(dtype="auto"):
@@ -87,40 +119,46 @@ def resolve_dtype(dtype="auto"):
     if dtype == "auto":
         if supports_bfloat16():
             return "bfloat16"
-        return "float16" if current() == "gpu" else "float32"
+        return "float32" if is_cpu() else "float16"
     if dtype not in DTYPES:
         raise DeviceError(f"dtype '{dtype}' is not known: use auto, {', '.join(DTYPES)}")
-    if current() == "cpu" and dtype != "float32":
+    if is_cpu() and dtype != "float32":
         raise DeviceError(f"Paddle's eager mode has no {dtype} arithmetic on CPU: use --dtype float32 or --engine inference")
     if dtype == "bfloat16" and not supports_bfloat16():
         raise DeviceError("this GPU has no bfloat16 (compute capability below 8.0): use --dtype float16 or float32")
     return dtype
 
 
-def attention_kernel(dtype, masked):
-    """Name of the attention kernel for tensors of ``dtype``: ``"flash"`` (GPU), ``"npu"`` or ``"plain"``.
+def fused_kernel(function, dtype):
+    """Name of the fused kernel that the device in use may have for ``attention``, ``norm`` or ``rope``; None for none.
 
-    Args:
-        dtype: dtype of queries, keys and values.
-        masked: whether an explicit mask is needed, rather than full or causal attention.
-
-    Flash kernels exist for half precision only; plug-in devices reject ``is_causal`` and every fused kernel of Paddle's own.
+    Attention kernels exist for half precision only, and on GPU from compute capability 8.0 (A100) on.
     """
     kind = current()
-    half = dtype in (paddle.bfloat16, paddle.float16)
-    if kind == "gpu" and half and not masked and paddle.device.cuda.get_device_capability()[0] >= 8:
-        return "flash"
-    return "plain"
+    name = _FUSED.get(kind, {}).get(function)
+    if function == "attention" and name:
+        if dtype not in (paddle.bfloat16, paddle.float16):
+            return None
+        if kind == "gpu" and not supports_bfloat16():
+            return None
+    return name
 
 
 def synchronize():
     """Wait until all work queued on the device is done."""
-    if current() != "cpu":
+    if not is_cpu():
         paddle.device.synchronize()
 
 
 def peak_memory():
     """Largest amount of memory used so far, in bytes: of the device, or of the process where that is the CPU."""
-    if current() == "cpu":
+    if is_cpu():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return paddle.device.max_memory_allocated()
+
+
+def total_memory():
+    """Memory of the device in use, in bytes: the machine's for CPU; None where the plug-in does not tell, as on Ascend."""
+    if is_cpu():
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return paddle.device.cuda.get_device_properties().total_memory if current() == "gpu" else None

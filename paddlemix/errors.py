@@ -36,6 +36,14 @@ class PromptError(UserError):
     """A question, its pictures and its history do not fit together, or do not fit the model's context."""
 
 
+class DataError(UserError):
+    """A training set cannot be read, or a record of it cannot be used."""
+
+
+class TrainingError(UserError):
+    """Training went wrong for what it was given: the loss is not a number."""
+
+
 class DeviceError(UserError):
     """The requested device or dtype is not available on this machine."""
 

@@ -66,6 +66,7 @@ void check(int status, const char* what) {
   if (status) throw std::runtime_error(std::string("oneDNN: ") + what + " failed with status " + std::to_string(status));
 }
 
+int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 int64_t size_of(int dtype) { return dtype == kBF16 ? 2 : 4; }
 
 using bf16 = uint16_t;
@@ -98,7 +99,7 @@ struct Scratch {
   size_t size = 0;
   template <class T>
   T* get(size_t count) {
-    size_t bytes = (count * sizeof(T) + 4095) / 4096 * 4096;
+    size_t bytes = round_up(count * sizeof(T), 4096);
     if (bytes > size) {
       std::free(data);
       data = std::aligned_alloc(4096, bytes);
@@ -338,8 +339,8 @@ struct Attention {
 };
 
 // Blocks of queries and keys whose scores fit the second-level cache. A last block takes up to a quarter more so that
-// none is tiny.
-constexpr int64_t kQueryBlock = 128, kKeyBlock = 512;
+// none is tiny, and keys come in whole steps so that growing lengths share a few compiled shapes.
+constexpr int64_t kQueryBlock = 128, kKeyBlock = 512, kKeyStep = 32;
 
 // Attention of one block of query rows (token-major, then the heads that share a key head) with online softmax
 // (arXiv 2205.14135). T: type of the products' operands.
@@ -369,9 +370,9 @@ void attend(const Attention& a, int64_t b, int64_t kv, int64_t first, int64_t ro
   const int64_t past = a.length - a.queries;
   const int64_t end = a.causal ? past + (first + rows - 1) / group + 1 : a.length;
   for (int64_t j = start; j < end;) {
-    // Columns beyond the end are computed and ignored, so that growing lengths share a few compiled shapes.
-    int64_t columns = end - j <= kKeyBlock + kKeyBlock / 4 ? std::min((end - j + 63) / 64 * 64, a.keys - j) : kKeyBlock;
-    int64_t stride = (columns + 31) / 32 * 32;
+    bool last = end - j <= kKeyBlock + kKeyBlock / 4;
+    int64_t columns = last ? std::min(round_up(end - j, kKeyStep), a.keys - j) : kKeyBlock;
+    int64_t stride = round_up(columns, 32);
     float* scores = score_scratch.get<float>(rows * stride);
     T* p = p_scratch.get<T>(rows * stride);
     const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + j * a.k_stride[1] + kv * a.k_stride[2];
@@ -437,17 +438,17 @@ void attend_all(const Attention& a) {
   if (failed) throw std::runtime_error("attention failed");
 }
 
-// Keys or values as contiguous bfloat16 [batch, kv_heads, length, width].
-void to_bf16(const void* x, const Attention& a, int64_t* stride, bf16* out) {
+// Keys or values as contiguous bfloat16 [batch, kv_heads, keys, width], zeros from a.length on.
+void to_bf16(const void* x, const Attention& a, int64_t keys, int64_t* stride, bf16* out) {
   const float* from = static_cast<const float*>(x);
-  const Norm none{};
-#pragma omp parallel for collapse(2)
-  for (int64_t b = 0; b < a.batch; ++b)
-    for (int64_t h = 0; h < a.kv_heads; ++h)
-      for (int64_t s = 0; s < a.length; ++s)
-        normalize_row(from + b * stride[0] + s * stride[1] + h * stride[2], a.width, none,
-                      out + ((b * a.kv_heads + h) * a.length + s) * a.width);
-  stride[0] = a.kv_heads * a.length * a.width, stride[1] = a.width, stride[2] = a.length * a.width;
+#pragma omp parallel for
+  for (int64_t head = 0; head < a.batch * a.kv_heads; ++head) {
+    const float* rows = from + head / a.kv_heads * stride[0] + head % a.kv_heads * stride[2];
+    bf16* to = out + head * keys * a.width;
+    for (int64_t s = 0; s < a.length; ++s) normalize_row(rows + s * stride[1], a.width, Norm{}, to + s * a.width);
+    std::fill(to + a.length * a.width, to + keys * a.width, bf16(0));
+  }
+  stride[0] = a.kv_heads * keys * a.width, stride[1] = a.width, stride[2] = keys * a.width;
 }
 
 template <class T>
@@ -516,7 +517,8 @@ const char* linear_create(int threads, const void* weight, int weight_type, int6
     dnnl_primitive_desc_destroy(pd);
     dnnl_memory_desc_destroy(any), dnnl_memory_desc_destroy(src), dnnl_memory_desc_destroy(dst);
 
-    const size_t page = 1 << 21, bytes = (dnnl_memory_desc_get_size(linear->md) + page - 1) / page * page;
+    const size_t size = dnnl_memory_desc_get_size(linear->md), page = size < 1 << 21 ? 1 << 12 : 1 << 21;
+    const size_t bytes = round_up(size, page);
     linear->data = std::aligned_alloc(page, bytes);
     if (!linear->data) throw std::bad_alloc();
     madvise(linear->data, bytes, MADV_HUGEPAGE);
@@ -581,10 +583,11 @@ const char* attention_run(int threads, const Attention* shapes, int kv_type, int
     if (dtype == kF32) return attend_all<float>(a);
     thread_local Scratch keys, values;
     if (kv_type == kF32) {
-      const size_t count = a.batch * a.kv_heads * a.length * a.width;
+      a.keys = round_up(a.length, kKeyStep);
+      const size_t count = a.batch * a.kv_heads * a.keys * a.width;
       bf16 *k = keys.get<bf16>(count), *v = values.get<bf16>(count);
-      to_bf16(a.k, a, a.k_stride, k), to_bf16(a.v, a, a.v_stride, v);
-      a.k = k, a.v = v, a.keys = a.length;
+      to_bf16(a.k, a, a.keys, a.k_stride, k), to_bf16(a.v, a, a.keys, a.v_stride, v);
+      a.k = k, a.v = v;
     }
     attend_all<bf16>(a);
   });

@@ -287,7 +287,7 @@ def rotate_and_cache(qkv, cos, sin, heads, k_cache, v_cache, offset):
         qkv: ``[B, N, (H + 2 K) * D]`` float32: queries, keys, values.
         cos, sin: ``[B or 1, N, ..., D]`` float32; the first half of ``sin`` is negated.
         heads: ``H``.
-        k_cache, v_cache: contiguous ``[B, capacity, K, D]``, float32 or bfloat16; positions ``offset`` to ``offset + N`` are written.
+        k_cache, v_cache: contiguous ``[B, capacity, K, D]``, float32 or bfloat16; positions from ``offset`` on are written.
         offset: first position to write.
 
     Returns:
@@ -308,4 +308,52 @@ def rotate_and_cache(qkv, cos, sin, heads, k_cache, v_cache, offset):
 
 
 def _self_check(dtype):
-    raise NotImplementedError
+    """Compare each kernel with NumPy on a small case.
+
+    Raises:
+        _Unavailable: the processor has no instructions for ``dtype``, or a result is wrong.
+    """
+    flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")).split()
+    needed = {"bfloat16": {"avx512_bf16", "amx_bf16"}, "float32": {"avx2", "avx512f"}}[dtype]
+    if not needed & set(flags):
+        raise _Unavailable(f"the processor has none of {', '.join(sorted(needed))}")
+    tolerance = {"bfloat16": 3e-2, "float32": 1e-5}[dtype]
+    random = np.random.default_rng(0)
+
+    def make(*shape):
+        return random.standard_normal(shape, dtype=np.float32)
+
+    def check(name, result, expected):
+        error = np.abs(result.numpy() - expected).max() / np.abs(expected).max()
+        if not error < tolerance:
+            raise _Unavailable(f"{name} is wrong by {error:.1e} on this processor")
+
+    x, residual, scale = make(3, 5, 64), make(3, 5, 64), make(64)
+    weights = {"up": make(64, 96), "gate": make(64, 96), "down": make(96, 64)}
+    packed = {name: PackedLinear(paddle.to_tensor(weight), None, dtype) for name, weight in weights.items()}
+    norm = Norm(paddle.to_tensor(scale), None, 1e-6)
+    normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * scale
+    check("norm", norm(paddle.to_tensor(x)), normed)
+    check("linear", packed["up"](paddle.to_tensor(x), norm=norm), normed @ weights["up"])
+    gate = normed @ weights["gate"]
+    expected = residual + (gate / (1 + np.exp(-gate)) * (normed @ weights["up"])) @ weights["down"]
+    tensors = paddle.to_tensor(x), packed["up"], packed["down"], packed["gate"]
+    check("mlp", mlp(*tensors, norm=norm, activation="silu", residual=paddle.to_tensor(residual)), expected)
+
+    q, k, v, starts = make(2, 3, 4, 64), make(2, 7, 2, 64), make(2, 7, 2, 64), np.array([0, 2])
+    q_heads, k_heads, v_heads = (x.transpose(0, 2, 1, 3) for x in (q, k.repeat(2, 2), v.repeat(2, 2)))  # [B, H, S, D]
+    place = np.arange(7)
+    seen = (place <= place[-3:, None]) & (place >= starts[:, None, None])  # [B, N, S]
+    odds = np.exp(np.where(seen[:, None], q_heads @ k_heads.transpose(0, 1, 3, 2) / 8, -np.inf))
+    expected = (odds / odds.sum(-1, keepdims=True) @ v_heads).transpose(0, 2, 1, 3).reshape(2, 3, 256)
+    out = attention(*map(paddle.to_tensor, (q, k, v)), causal=True, starts=starts, dtype=dtype)
+    check("attention", out, expected)
+
+    angle = make(1, 3, 1, 32)
+    cos, sin = (np.concatenate(halves, -1) for halves in ([np.cos(angle)] * 2, [-np.sin(angle), np.sin(angle)]))
+    stores = paddle.zeros([2, 4, 2, 64]), paddle.zeros([2, 4, 2, 64])
+    fused = np.concatenate([q, k[:, :3], v[:, :3]], 2).reshape(2, 3, -1)
+    rotated = rotate_and_cache(*map(paddle.to_tensor, (fused, cos, sin)), 4, *stores, 1)
+    for name, result, rows in (("rotation", rotated, q), ("cached rotation", stores[0][:, 1:], k[:, :3])):
+        check(name, result, rows * cos + np.concatenate([rows[..., 32:], rows[..., :32]], -1) * sin)
+    check("caching", stores[1][:, 1:], v[:, :3])

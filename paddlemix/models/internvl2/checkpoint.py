@@ -21,6 +21,7 @@ import numpy as np
 
 from paddlemix.errors import CheckpointError
 
+from .adapters import with_adapters
 from .weight_files import (
     ARRAY_DTYPES,
     DTYPES,
@@ -71,7 +72,8 @@ def weight_table(config):
     Returns:
         A list of :class:`Weight`, one for each parameter.
     """
-    return [*_vision(config.vision_config), *_projector(config), *_language(config.llm_config)]
+    plain = [*_vision(config.vision_config), *_projector(config), *_language(config.llm_config)]
+    return with_adapters(plain, config)
 
 
 def parameter_shapes(config):
@@ -435,7 +437,8 @@ def load_checkpoint(model, directory, dtype):
     parameters = model.state_dict()
     place = paddle.get_device()
     for name, array in read_parameters(model.config, directory, dtype):
-        tensor = paddle.from_dlpack(array).to(place)  # takes uint16 for bfloat16
+        # to_tensor() takes the bits of bfloat16 for what they are, but copies them; DLPack shares the array's memory.
+        tensor = paddle.to_tensor(array, place=place) if dtype == "bfloat16" else paddle.from_dlpack(array).to(place)
         tensor._share_buffer_to(parameters[name])  # set_value would copy, and cannot change the dtype
 
 

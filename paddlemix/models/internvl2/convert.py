@@ -15,7 +15,7 @@ from paddlemix.errors import CheckpointError, user_errors_exit
 from .checkpoint import LAYOUTS, Checkpoint, convert_checkpoint
 from .configuration import InternVLChatConfig
 from .hub import resolve
-from .weight_files import ARRAY_DTYPES, DTYPES, INDEX_FILES
+from .weight_files import ARRAY_DTYPES, DTYPES, INDEX_FILES, parse_size
 
 # Configuration, tokenizer, generation settings, and the original's code, which other engines may want beside config.json.
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md")
@@ -35,6 +35,7 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
     Raises:
         ConfigError, CheckpointError: the source is not a complete checkpoint, or the target cannot be used.
     """
+    max_shard_size = parse_size(max_shard_size)
     source = resolve(source)
     if os.path.exists(target) and not os.path.isdir(target):
         raise CheckpointError(f"{target} is a file: give a directory to write to")

@@ -36,7 +36,7 @@ def choose(engine, dtype, parameters):
     """
     if engine not in ENGINES:
         raise DeviceError(f"engine '{engine}' is not known: use one of {', '.join(ENGINES)}")
-    if device.current() != "cpu":
+    if not device.is_cpu():
         if engine == "inference":
             raise DeviceError("--engine inference is for CPU: use --engine eager on other devices")
         return "eager", device.resolve_dtype(dtype)
@@ -72,6 +72,7 @@ def fuse(model, dtype):
     language.model.embed_tokens = _Embedding(language.model.embed_tokens)
     language.model.norm = _Norm(language.model.norm)
     language.lm_head = _Linear(language.lm_head, dtype)
+    model.vision_batch = 1  # a tile's activations fit the cache; more at a time only cost memory
     model.eval()
 
 
@@ -145,7 +146,8 @@ class _VisionLayer(nn.Layer):
 
     def forward(self, x):
         tiles, tokens, width = x.shape
-        q, k, v = self.qkv(x, norm=self.norm1).split(3, axis=-1)
+        qkv = self.qkv(x, norm=self.norm1).reshape([tiles, tokens, 3, width])
+        q, k, v = (qkv[:, :, i] for i in range(3))  # views, where split() would copy
         if self.qk_norms:
             q, k = self.qk_norms[0](q), self.qk_norms[1](k)
         q, k, v = (part.reshape([tiles, tokens, self.heads, width // self.heads]) for part in (q, k, v))

@@ -23,8 +23,8 @@ def resolve(name_or_path, revision=None):
     resumed. ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_TOKEN`` have their usual meaning.
 
     Args:
-        name_or_path: what looks like a path (starts with ``/``, ``.`` or ``~``, or does not have exactly one slash) is
-            never downloaded.
+        name_or_path: what looks like a path (starts with ``/``, ``.`` or ``~``, does not have exactly one slash, or
+            begins with a directory that exists here) is never downloaded.
         revision: branch, tag or commit of a download.
 
     Raises:
@@ -44,7 +44,16 @@ def resolve(name_or_path, revision=None):
     own = os.path.join(os.path.expanduser(home or "~/.cache/paddlemix"), name)
     if revision is None and _is_complete(own):
         return own
-    return _from_hub(name, revision, own, own if home else None)
+    cached = _cached(name, revision)
+    if cached is not None:
+        return cached
+    parent = os.path.dirname(name)
+    if os.path.isdir(parent):
+        raise CheckpointError(
+            f"{name} does not exist, though the directory {parent} does, so nothing was downloaded: "
+            f"correct the path, or put the checkpoint's files into {own}"
+        )
+    return _download(name, revision, own, own if home else None)
 
 
 def _is_complete(directory):
@@ -56,17 +65,21 @@ def _is_complete(directory):
     return os.path.isfile(os.path.join(directory, "config.json"))
 
 
-def _from_hub(name, revision, own, local_dir):
+def _cached(name, revision):
+    """A complete copy in the cache of Hugging Face, or None."""
     from huggingface_hub import snapshot_download  # slow to import, and not needed for local directories
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*_SMALL_FILES, *_WEIGHT_FILES]
     try:
-        cached = snapshot_download(name, revision=revision, allow_patterns=patterns, local_files_only=True)
-        if _is_complete(cached):
-            return cached
-    except LocalEntryNotFoundError:
-        pass  # not in the cache
+        directory = snapshot_download(name, revision=revision, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return directory if _is_complete(directory) else None
+
+
+def _download(name, revision, own, local_dir):
+    from huggingface_hub import snapshot_download
+
     try:
         for weights in _WEIGHT_FILES:
             allowed = [*_SMALL_FILES, weights]
@@ -76,7 +89,7 @@ def _from_hub(name, revision, own, local_dir):
     except (OSError, ValueError, RuntimeError) as error:  # the last is what its transfer library raises
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0].rstrip('.')}"
     else:
-        reason = "its repository has no config.json or no complete set of weights"
+        reason = "what could be reached has no config.json or no complete set of weights"
     raise CheckpointError(
         f"'{name}' is neither a directory nor complete in a cache, and cannot be downloaded ({reason}): where there is a "
         f"network, get its *.json, *.safetensors, *.txt and tokenizer.model, and put them into {own}, or pass the "

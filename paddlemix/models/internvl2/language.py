@@ -239,5 +239,5 @@ class LanguageModel(nn.Layer):
         """
         if position_ids is None:
             start = 0 if cache is None else cache.length
-            position_ids = paddle.arange(start, start + inputs_embeds.shape[1], dtype="int64").unsqueeze(0)
+            position_ids = paddle.to_tensor(np.arange(start, start + inputs_embeds.shape[1], dtype="int64")[None])
         return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache)

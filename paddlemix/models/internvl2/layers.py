@@ -10,9 +10,9 @@ from paddle import nn
 from paddle.nn import functional as F
 from paddle.nn.functional import swiglu
 
-from paddlemix import device
+from paddlemix.kernels import fused
 
-__all__ = ["AttentionMask", "LayerNorm", "Linear", "RMSNorm", "apply_rope", "attention", "swiglu"]
+__all__ = ["AttentionMask", "LayerNorm", "Linear", "RMSNorm", "apply_rope", "attention", "swiglu", "take_rows"]
 
 
 class Linear(nn.Linear):
@@ -43,6 +43,9 @@ class RMSNorm(nn.Layer):
         self.eps = eps
 
     def forward(self, x):
+        kernel = fused.choose("norm", x.dtype)
+        if kernel != "plain" and x.dtype == self.weight.dtype:
+            return fused.rms_norm(kernel, x, self.weight, self.eps)
         # Composed from operators that every backend has: F.rms_norm has no CPU kernel and is export-only on NPU.
         y = x.astype("float32")
         y = y * paddle.rsqrt(paddle.mean(paddle.square(y), axis=-1, keepdim=True) + self.eps)
@@ -63,8 +66,20 @@ def apply_rope(x, cos, sin):
     because subtraction has no bfloat16 kernel on Ascend.
     """
     half = x.shape[-1] // 2
+    kernel = fused.choose("rope", x.dtype)
+    if kernel != "plain" and cos.shape[0] == 1 and half % 32 == 0:
+        return fused.rope(kernel, x, cos, sin)
     swapped = paddle.concat([x[..., half:], x[..., :half]], axis=-1)
     return (x.astype("float32") * cos + swapped.astype("float32") * sin).astype(x.dtype)
+
+
+def take_rows(x, rows):
+    """The entries of ``x [M, ...]`` numbered ``rows [R]``, a list or an array -> ``[R, ...]``.
+
+    By ``embedding``, the one lookup that every backend has natively in every dtype, with its gradient.
+    """
+    taken = F.embedding(paddle.to_tensor(np.asarray(rows, dtype="int64")), x.reshape([x.shape[0], -1]))
+    return taken.reshape([-1, *x.shape[1:]])
 
 
 class AttentionMask:
@@ -78,7 +93,7 @@ class AttentionMask:
     def __init__(self, starts=None, segments=None):
         self.starts = None if starts is None or not np.any(starts) else np.asarray(starts)
         self.segments = None if segments is None else np.asarray(segments)
-        self._bias = {}
+        self._kept = {}  # the layers of one forward pass share their masks
 
     @classmethod
     def from_padding(cls, attention_mask):
@@ -98,21 +113,50 @@ class AttentionMask:
         """Whether nothing but the causal order restricts attention."""
         return self.starts is None and self.segments is None
 
+    def _keep(self, form, queries, keys, make):
+        if self._kept.get(form, (None,))[0] != (queries, keys):
+            self._kept[form] = (queries, keys), paddle.to_tensor(make())
+        return self._kept[form][1]
+
+    def _allowed(self, queries, keys):
+        """Which of ``keys`` positions the last ``queries`` see, ``[B or 1, 1, queries, keys]`` bool."""
+        key = np.arange(keys)
+        query = np.arange(keys - queries, keys)
+        allowed = (key[None, :] <= query[:, None])[None]
+        if self.starts is not None:
+            # A padding query keeps itself visible: a row of nothing but -inf has no softmax.
+            visible = key[None, None, :] >= self.starts[:, None, None]
+            allowed = allowed & (visible | (key[None, :] == query[:, None])[None])
+        if self.segments is not None:
+            allowed = allowed & (self.segments[:, None, :keys] == self.segments[:, keys - queries : keys, None])
+        return allowed[:, None]
+
     def bias(self, queries, keys):
         """Additive mask ``[B or 1, 1, queries, keys]`` float32 for the last ``queries`` of ``keys`` positions."""
-        if (queries, keys) not in self._bias:
-            key = np.arange(keys)
-            query = np.arange(keys - queries, keys)
-            allowed = (key[None, :] <= query[:, None])[None]
-            if self.starts is not None:
-                # A padding query keeps itself visible: a row of nothing but -inf has no softmax.
-                visible = key[None, None, :] >= self.starts[:, None, None]
-                allowed = allowed & (visible | (key[None, :] == query[:, None])[None])
+        lowest = np.finfo(np.float32).min
+        return self._keep("bias", queries, keys, lambda: np.where(self._allowed(queries, keys), np.float32(0), lowest))
+
+    def hidden(self, queries, keys):
+        """The same as ``[B or 1, 1, queries, keys]`` bool, True for what is hidden."""
+        return self._keep("hidden", queries, keys, lambda: ~self._allowed(queries, keys))
+
+    def first_hidden(self, keys):
+        """For each of ``keys`` positions the first later one that does not see it, ``[B or 1, 1, keys, 1]`` int32.
+
+        Says the same as :meth:`bias` where the queries are all positions, a segment being one run of equal numbers.
+        """
+
+        def make():
+            ends = np.full([1, keys], keys)
             if self.segments is not None:
-                allowed = allowed & (self.segments[:, None, :keys] == self.segments[:, keys - queries : keys, None])
-            bias = np.where(allowed, np.float32(0), np.finfo(np.float32).min)[:, None]
-            self._bias = {(queries, keys): paddle.to_tensor(bias)}  # the layers of one forward pass share it
-        return self._bias[queries, keys]
+                segments = self.segments[:, :keys]
+                last = np.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (0, 1)], constant_values=True)
+                ends = np.minimum.accumulate(np.where(last, np.arange(1, keys + 1), keys)[:, ::-1], axis=1)[:, ::-1]
+            if self.starts is not None:  # what is before the start is seen by itself alone
+                ends = np.where(np.arange(keys) < self.starts[:, None], np.arange(1, keys + 1), ends)
+            return ends[:, None, :, None].astype("int32")
+
+        return self._keep("first_hidden", keys, keys, make)
 
 
 def attention(q, k, v, mask=None):
@@ -128,13 +172,14 @@ def attention(q, k, v, mask=None):
     """
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
-    causal = mask is not None and queries > 1
-    explicit = mask is not None and not (mask.is_plain_causal and queries in (1, keys))
-    if device.attention_kernel(q.dtype, explicit) == "flash":
-        out, _ = F.flash_attention.flash_attention(q, k, v, causal=causal)
-    else:
-        bias = mask.bias(queries, keys) if explicit or causal else None
-        out = _plain_attention(q, k, v, bias)
+    if mask is not None and queries == 1 and mask.is_plain_causal:
+        mask = None  # the last position sees all
+    kernel = fused.choose("attention", q.dtype)
+    out = None
+    if kernel != "plain" and queries > 1:  # one query is no work for a kernel that saves memory
+        out = fused.attention(kernel, q, k, v, mask)
+    if out is None:
+        out = _plain_attention(q, k, v, None if mask is None else mask.bias(queries, keys))
     return out.reshape([batch, queries, heads * width])
 
 

@@ -19,16 +19,29 @@ from .engine import choose, fuse
 from .generation import GenerationConfig, generate_tokens
 from .hub import resolve
 from .language import LanguageModel
-from .layers import AttentionMask, LayerNorm, Linear
+from .layers import AttentionMask, LayerNorm, Linear, take_rows
+from .lora import add_adapters, merge_lora
 from .vision import InternVisionModel
 
 
 @dataclass
 class CausalLMOutput:
-    """``loss``: a scalar, or None without labels; ``logits``: ``[B, N, V]``."""
+    """What :meth:`InternVLChatModel.forward` returns.
+
+    Attributes:
+        loss: a scalar, or None without labels.
+        hidden: the decoder's last hidden states, ``[B, N, D]``.
+        head: the layer that turns them into logits.
+    """
 
     loss: paddle.Tensor | None
-    logits: paddle.Tensor
+    hidden: paddle.Tensor
+    head: nn.Layer
+
+    @property
+    def logits(self):
+        """``[B, N, V]``, computed when asked for: training needs the loss alone, and they are larger than all else."""
+        return self.head(self.hidden)
 
 
 class Projector(nn.Sequential):
@@ -76,6 +89,7 @@ class InternVLChatModel(nn.Layer):
         scale = round(1 / config.downsample_ratio) ** 2
         self.mlp1 = Projector(config.vision_config.hidden_size * scale, config.llm_config.hidden_size)
         self.language_model = LanguageModel(config.llm_config)
+        add_adapters(self)  # where the configuration says that the checkpoint has some
         self.img_context_token_id = None  # chat and the trainer set it from the tokenizer
 
     # ------------------------------------------------------------------ weights
@@ -100,6 +114,7 @@ class InternVLChatModel(nn.Layer):
         load_checkpoint(model, directory, dtype)
         model.eval()
         if engine == "inference":
+            merge_lora(model)
             fuse(model, dtype)
         return model
 
@@ -133,16 +148,28 @@ class InternVLChatModel(nn.Layer):
                 for at in range(0, len(distinct), self.vision_batch)
             ]
             features = paddle.concat(parts)
-            return features if len(distinct) == len(places) else features[paddle.to_tensor(places)]
+            return features if len(distinct) == len(places) else take_rows(features, places)
 
     def _extract_feature(self, pixel_values):
         config = self.config
         patch = config.vision_config.patch_size
         rows, columns = (side // patch for side in pixel_values.shape[2:])
-        x = self.vision_model(pixel_values, config.select_layer)[:, 1:]  # without the class token
+        x = self._patches(pixel_values)[:, 1:]  # without the class token
         x = x.reshape([x.shape[0], rows, columns, x.shape[-1]])
         x = pixel_shuffle(x, config.downsample_ratio, config.ps_version)
         return self.mlp1(x.reshape([x.shape[0], -1, x.shape[-1]]))
+
+    def _patches(self, pixel_values):
+        if self.vision_model.training:
+            return self.vision_model(pixel_values, self.config.select_layer)
+        # A frozen tower keeps no graph, so its tiles need not be in memory at once even where the rest is trained.
+        with paddle.no_grad():
+            batches = pixel_values.split(self._batch_sizes(pixel_values.shape[0]))
+            return paddle.concat([self.vision_model(batch, self.config.select_layer) for batch in batches])
+
+    def _batch_sizes(self, tiles):
+        whole, rest = divmod(tiles, self.vision_batch)
+        return [self.vision_batch] * whole + [rest] * (rest > 0)
 
     def embed(self, input_ids, features=None):
         """Token embeddings with picture features in the places of the context tokens.
@@ -171,8 +198,18 @@ class InternVLChatModel(nn.Layer):
 
     # ------------------------------------------------------------------ training
 
-    def forward(self, pixel_values=None, input_ids=None, attention_mask=None, position_ids=None, image_flags=None, labels=None):
-        """Logits of every position, and the loss where labels are given.
+    def forward(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        image_flags=None,
+        labels=None,
+        loss_weight=None,
+        segment_ids=None,
+    ):
+        """The loss where labels are given, and the logits of every position.
 
         Args:
             pixel_values: ``[T, 3, height, width]``, or None for text alone.
@@ -181,9 +218,12 @@ class InternVLChatModel(nn.Layer):
             position_ids: ``[B, N]`` int64; None for 0, 1, 2, ... in every row.
             image_flags: ``[T]``, 0 for tiles that stand in where a sample has no picture; None for all 1.
             labels: ``[B, N]`` int64, -100 where nothing is to be learned; position ``n`` is predicted from those before it.
+            loss_weight: ``[B, N]``, how much each label counts; None for all alike.
+            segment_ids: ``[B, N]`` integers for rows that hold several samples: a token sees only its own sample's.
 
         Returns:
-            :class:`CausalLMOutput`; the loss is the mean over labelled tokens.
+            :class:`CausalLMOutput`; the loss is the weighted mean over labelled tokens, for which the logits of all
+            positions are never in memory at once.
 
         Raises:
             PromptError: context tokens and picture features differ in number.
@@ -195,18 +235,20 @@ class InternVLChatModel(nn.Layer):
                 used = np.flatnonzero(np.asarray(image_flags).reshape(-1))
                 # Keep every rank's graph the same: a batch without pictures still reaches the vision parameters.
                 unused = features.sum() * 0 if used.size == 0 else None
-                features = features[paddle.to_tensor(used)] if used.size else None
+                features = take_rows(features, used) if used.size else None
             if features is not None:
                 features = features.reshape([-1, features.shape[-1]])
         embeds = self.embed(input_ids, features)
         if unused is not None:
             embeds = embeds + unused
         mask = None if attention_mask is None else AttentionMask.from_padding(attention_mask)
+        if segment_ids is not None:
+            mask = AttentionMask(None if mask is None else mask.starts, segment_ids)
         position_ids = None if position_ids is None else paddle.to_tensor(position_ids)
         hidden = self.language_model(embeds, position_ids, mask)
-        logits = self.language_model.lm_head(hidden)
-        loss = None if labels is None else causal_loss(logits, paddle.to_tensor(labels))
-        return CausalLMOutput(loss, logits)
+        head = self.language_model.lm_head
+        loss = None if labels is None else chunked_causal_loss(head, hidden, labels, loss_weight)
+        return CausalLMOutput(loss, hidden, head)
 
     # ------------------------------------------------------------------ generating
 
@@ -326,16 +368,48 @@ class InternVLChatModel(nn.Layer):
 
 
 def causal_loss(logits, labels):
-    """Mean cross entropy of ``logits [B, N, V]`` against the next position's ``labels [B, N]``, -100 ignored.
+    """Mean cross entropy of ``logits [B, N, V]`` against the next position's ``labels [B, N]``, -100 ignored."""
+    return chunked_causal_loss(lambda x: x, logits, labels)
 
-    Written with clamped labels and an explicit mask: Paddle 3.3's own mean divides by ignored tokens too, and negative
-    labels send Ascend's kernel to the host.
+
+def chunked_causal_loss(head, hidden, labels, weight=None, chunk=512):
+    """Mean cross entropy over the labelled tokens, with no more than a part of the logits in memory.
+
+    Logits are computed for labelled positions alone, and again when gradients are: the answers are a small part of most
+    samples, and their logits in float32 would be larger than all else that is kept.
+
+    Args:
+        head: a layer that turns ``[M, D]`` into logits ``[M, V]``.
+        hidden: ``[B, N, D]``.
+        labels: ``[B, N]`` integers, -100 where nothing is learned; position ``n`` is predicted from ``hidden[:, n - 1]``.
+        weight: ``[B, N]``, how much each label counts; None for all alike.
+        chunk: labelled positions whose logits are in memory at once: 300 MB for a vocabulary of 150,000.
+
+    Returns:
+        A float32 scalar: ``sum(weight * loss) / sum(weight)`` over labelled tokens, or 0 where none is labelled. Written
+        out because Paddle 3.3's own mean divides by ignored tokens too.
     """
-    logits = logits[:, :-1].astype("float32")
-    targets = labels[:, 1:]
-    valid = (targets >= 0).astype("float32")
-    losses = F.cross_entropy(logits, targets.clip(min=0).unsqueeze(-1), reduction="none").squeeze(-1)
-    return (losses * valid).sum() / valid.sum().clip(min=1)
+    labels = np.asarray(labels)
+    places = np.flatnonzero(labels[:, 1:] >= 0)
+    rows, columns = np.divmod(places, labels.shape[1] - 1)
+    targets = labels[rows, columns + 1].astype("int64")
+    weight = np.ones(len(places), "float32") if weight is None else np.asarray(weight, "float32")[rows, columns + 1]
+    if not weight.sum():
+        return hidden.sum().astype("float32") * 0  # still reaches the parameters, as every rank must
+    flat = take_rows(hidden.reshape([-1, hidden.shape[-1]]), rows * labels.shape[1] + columns)
+
+    def part(x, target, share):
+        losses = F.cross_entropy(head(x).astype("float32"), target, reduction="none").squeeze(-1)
+        return (losses * share).sum()
+
+    share = paddle.to_tensor(weight / weight.sum())
+    targets = paddle.to_tensor(targets).unsqueeze(-1)
+    total = 0
+    for at in range(0, len(places), chunk):
+        inputs = flat[at : at + chunk], targets[at : at + chunk], share[at : at + chunk]
+        keep = len(places) <= chunk or not paddle.is_grad_enabled()
+        total += part(*inputs) if keep else paddle.distributed.fleet.utils.recompute(part, *inputs, use_reentrant=False)
+    return total
 
 
 def count_parameters(layer):

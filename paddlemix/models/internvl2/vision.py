@@ -4,13 +4,33 @@
 There is no final norm. ``T`` tiles, ``P`` patches of a tile, ``D`` width in the shapes below.
 """
 
+import functools
 import math
 
+import numpy as np
 import paddle
 from paddle import nn
-from paddle.nn import functional as F
 
 from .layers import LayerNorm, Linear, RMSNorm, attention
+
+
+@functools.cache
+def bicubic_weights(size, new_size):
+    """Matrix ``[new_size, size]`` float32 of bicubic interpolation along one axis.
+
+    Keys' kernel with a = -0.75, pixel centres aligned and borders repeated, as ``interpolate`` of torch and Paddle have it
+    (Keys, 1981, doi 10.1109/TASSP.1981.1163711).
+    """
+    a = -0.75
+    centre = (np.arange(new_size) + 0.5) * size / new_size - 0.5
+    weights = np.zeros([new_size, size], "float32")
+    for offset in (-1, 0, 1, 2):
+        tap = np.floor(centre).astype("int64") + offset
+        t = np.abs(centre - tap)
+        near = ((a + 2) * t - (a + 3)) * t * t + 1
+        far = ((t - 5) * t + 8) * t * a - 4 * a
+        np.add.at(weights, (np.arange(new_size), tap.clip(0, size - 1)), np.where(t <= 1, near, far))
+    return weights
 
 
 class VisionEmbeddings(nn.Layer):
@@ -24,27 +44,17 @@ class VisionEmbeddings(nn.Layer):
         self.patch_embedding = nn.Conv2D(config.num_channels, width, patch, stride=patch)
         self.class_embedding = self.create_parameter([1, 1, width], default_initializer=normal)
         self.position_embedding = self.create_parameter([1, 1 + math.prod(self.native_grid), width], default_initializer=normal)
-        self._resized = {}
 
     def positions(self, grid):
         """Position embeddings ``[1, 1 + P, D]`` for a grid of patches, interpolated only where it is not the native one."""
+        table = self.position_embedding
         if grid == self.native_grid:
-            return self.position_embedding
-        table = self.position_embedding
-        if paddle.is_grad_enabled() and not table.stop_gradient:
-            return self._resize(grid)
-        # Interpolating is slow on NPU, which has no kernel for it: once a grid, as long as the weights are the same.
-        known, resized = self._resized.get(grid, (None, None))
-        if known is None or not bool(paddle.equal_all(known, table)):
-            known, resized = table.detach().clone(), self._resize(grid)
-            self._resized[grid] = known, resized
-        return resized
-
-    def _resize(self, grid):
-        table = self.position_embedding
-        native = table[:, 1:].astype("float32").reshape([1, *self.native_grid, -1]).transpose([0, 3, 1, 2])
-        resized = F.interpolate(native, size=list(grid), mode="bicubic", align_corners=False)
-        resized = resized.flatten(2).transpose([0, 2, 1]).astype(table.dtype)
+            return table
+        # As products with two small matrices, which every device has with their gradient; NPU lacks the interpolation.
+        rows, columns = (paddle.to_tensor(bicubic_weights(*sizes)) for sizes in zip(self.native_grid, grid))
+        native = table[:, 1:].astype("float32").reshape([self.native_grid[0], -1])  # [rows, columns * D]
+        resized = paddle.matmul(rows, native).reshape([grid[0], self.native_grid[1], -1])
+        resized = paddle.matmul(columns, resized).reshape([1, math.prod(grid), -1]).astype(table.dtype)
         return paddle.concat([table[:, :1], resized], axis=1)
 
     def forward(self, pixel_values):
@@ -114,7 +124,7 @@ class VisionLayer(nn.Layer):
         if not self.training or self.drop_path == 0:
             return scale
         keep = 1 - self.drop_path
-        kept = (paddle.rand([tiles, 1, 1]) < keep).astype("float32") / keep
+        kept = (paddle.rand([tiles, 1, 1]) < keep).astype("float32") * (1 / keep)
         return scale * kept.astype(scale.dtype)
 
     def forward(self, x):

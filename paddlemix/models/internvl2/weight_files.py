@@ -10,6 +10,7 @@ Formats: https://github.com/huggingface/safetensors#format; PyTorch's is a zip o
 import contextlib
 import json
 import math
+import operator
 import os
 import pickle
 import re
@@ -35,7 +36,7 @@ INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 WEIGHT_SUFFIXES = tuple(os.path.splitext(name)[1] for name in SINGLE_FILES)
 
 _SAFETENSORS_TAGS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_BLOCK_BYTES = 1 << 20  # a block and its transpose stay in the second-level cache
+_BLOCK_BYTES = 1 << 18  # a block and its transpose stay in the second-level cache
 _BLOCK_ROWS = 64  # fewer rows would write less than a cache line at a time when a block is transposed
 
 
@@ -238,7 +239,7 @@ def _read_safetensors(file):
         spans = [(start, stop) for _, _, start, stop in entries.values()]
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{damaged}: its header cannot be read; download or copy it again") from None
 
     end = max((stop for _, stop in spans), default=0)
@@ -295,7 +296,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if not isinstance(content, dict):
             raise CheckpointError(f"{self._path} holds a {type(content).__name__}, not tensors by name")
         content.pop("StructuredToParameterName@@", None)  # Paddle's note on its own names for parameters
-        other = [key for key, value in content.items() if not isinstance(value, StoredTensor)]
+        other = [key for key, value in content.items() if not (isinstance(key, str) and isinstance(value, StoredTensor))]
         if other:
             raise CheckpointError(
                 f"{self._path} has entries that are no tensors ({name_some(other)}): save the model's state_dict alone"
@@ -310,15 +311,18 @@ class _Storage(NamedTuple):
     offset: int
 
 
-# Storage classes by what they hold. Those that are not supported are known by name for the message about it.
+# What storage classes hold, and its size. Those that are not supported are known for the message about it.
 _TORCH_STORAGES = {
     "FloatStorage": ("float32", 4),
     "BFloat16Storage": ("bfloat16", 2),
     "HalfStorage": ("float16", 2),
-    **{
-        f"{name}Storage": (name.lower(), size)
-        for name, size in dict(Double=8, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1).items()
-    },
+    "DoubleStorage": ("float64", 8),
+    "LongStorage": ("int64", 8),
+    "IntStorage": ("int32", 4),
+    "ShortStorage": ("int16", 2),
+    "CharStorage": ("int8", 1),
+    "ByteStorage": ("uint8", 1),
+    "BoolStorage": ("bool", 1),
 }
 
 
@@ -364,6 +368,7 @@ def _read_torch_pickle(file):
         return _Storage(dtype, itemsize, count, offset)
 
     def rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
+        shape, strides = tuple(map(operator.index, shape)), tuple(map(operator.index, strides))
         if not isinstance(storage, _Storage) or len(shape) != len(strides) or min(offset, *shape, *strides, 0) < 0:
             raise pickle.UnpicklingError("a tensor has an impossible form")
         last = offset + sum((n - 1) * stride for n, stride in zip(shape, strides))
@@ -372,7 +377,7 @@ def _read_torch_pickle(file):
         start = storage.offset + offset * storage.itemsize
         dense = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
         if storage.dtype not in ARRAY_DTYPES or all(n == 1 or a == b for n, a, b in zip(shape, strides, dense)):
-            return _contiguous(file, storage.dtype, tuple(shape), start)
+            return _contiguous(file, storage.dtype, shape, start)
 
         def read(first, stop):
             span = (last + 1 - offset,) if math.prod(shape) else (0,)
@@ -380,7 +385,7 @@ def _read_torch_pickle(file):
             steps = [stride * storage.itemsize for stride in strides]
             return np.lib.stride_tricks.as_strided(flat, shape, steps, writeable=False)[first:stop]
 
-        return StoredTensor(storage.dtype, tuple(shape), read, max(1, shape[0]))  # one block: its rows overlap in the file
+        return StoredTensor(storage.dtype, shape, read, max(1, shape[0]))  # one block: its rows overlap in the file
 
     # Made anew for each file: a pickle can write to the attributes of a function that it is given.
     admitted = {

@@ -159,6 +159,15 @@ def test_image_tokens_and_features_must_match():
         reference.model(reference.arrays["pixel_values"][:2], ids)
 
 
+def test_loss_and_logits_belong_together():
+    reference = load_reference("qwen2")
+    ids = reference.arrays["lm_input_ids"]
+    with paddle.no_grad():
+        output = reference.model(input_ids=ids, labels=ids)
+    assert_close(output.logits, reference.arrays["lm_logits"])
+    assert float(output.loss) == pytest.approx(float(causal_loss(output.logits, paddle.to_tensor(ids))), rel=1e-6)
+
+
 def test_unused_tiles_reach_the_graph_but_not_the_loss():
     reference = load_reference("qwen2")
     model = InternVLChatModel(reference.model.config)

@@ -1,0 +1,184 @@
+"""Fused kernels of GPUs and of the Ascend plug-in behind attention, RMSNorm and rotary positions.
+
+:func:`choose` names the kernel for a function and dtype on the device in use; the tables below call it. Each computes what
+the plain composition in ``models/internvl2/layers.py`` does, which stays the reference and the way out:
+``PADDLEMIX_KERNELS=plain`` for all, or ``PADDLEMIX_KERNELS=attention=plain,norm=plain`` for some, turns them off, and
+``PADDLEMIX_LOG=debug`` tells which are in use.
+
+Tensor shapes: B batch, N queries, S keys, H query heads, K key/value heads, D head width.
+"""
+
+import functools
+import logging
+import os
+
+import numpy as np
+import paddle
+from paddle import _C_ops
+from paddle.nn import functional as F
+
+from paddlemix import device
+from paddlemix.errors import DeviceError
+
+FUNCTIONS = ("attention", "norm", "rope")
+
+_log = logging.getLogger(__name__)
+_chosen = {}
+
+
+def choose(function, dtype):
+    """``"plain"``, or the name of the fused kernel to use.
+
+    Args:
+        function: ``attention``, ``norm`` or ``rope``.
+        dtype: dtype of the tensors.
+
+    Raises:
+        DeviceError: PADDLEMIX_KERNELS cannot be read.
+    """
+    key = function, dtype, device.current()
+    if key not in _chosen:
+        _chosen[key] = _choose(*key)
+    return _chosen[key]
+
+
+def _choose(function, dtype, kind):
+    name = device.fused_kernel(function, dtype)
+    if _switched_off(function):
+        name, reason = "plain", "by PADDLEMIX_KERNELS"
+    elif name is None:
+        name, reason = "plain", "nothing else for this dtype here"
+    elif name in _PROBES and not _PROBES[name]():
+        name, reason = "plain", f"{name} is not offered by the plug-in"
+    else:
+        reason = "the fastest here"
+    _log.debug("%s in %s on %s: %s (%s)", function, str(dtype).split(".")[-1], kind, name, reason)
+    return name
+
+
+def _switched_off(function):
+    setting = os.environ.get("PADDLEMIX_KERNELS") or "auto"
+    if setting in ("auto", "plain"):
+        return setting == "plain"
+    switches = dict(part.strip().partition("=")[::2] for part in setting.split(","))
+    if set(switches) - set(FUNCTIONS) or set(switches.values()) - {"auto", "plain"}:
+        raise DeviceError(
+            f"PADDLEMIX_KERNELS='{setting}' cannot be read: use plain, or a list such as attention=plain,norm=plain "
+            f"({', '.join(FUNCTIONS)}; auto or plain)"
+        )
+    return switches.get(function) == "plain"
+
+
+# ---------------------------------------------------------------------- custom operators of the Ascend plug-in
+
+
+def _offered(call, name, *arguments):
+    """Whether a custom operator exists and takes these arguments."""
+    try:
+        call(*arguments)
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        _log.debug("%s does not run: %s", name, lines[-1] if lines else type(error).__name__)
+        return False
+    return True
+
+
+def _flash_npu_13(q, k, v, hidden):
+    """From the plug-in of January 2025 on: seed, mask, two lengths of packed rows; ...; packed rows or not."""
+    return _C_ops._run_custom_op(
+        "flash_attention_npu", q, k, v, None, hidden, None, None, 0.0, False, True, False, False, False
+    )[0]
+
+
+def _flash_npu_10(q, k, v, hidden):
+    """Before: seed, mask; dropout, causal, return the softmax, inference, mask is a triangle."""
+    return _C_ops._run_custom_op("flash_attention_npu", q, k, v, None, hidden, 0.0, False, True, False, False)[0]
+
+
+@functools.cache
+def _flash_npu():
+    """The call shape of flash_attention_npu that the plug-in takes; None if neither."""
+    x = paddle.zeros([1, 16, 1, 64], "bfloat16")
+    hidden = paddle.zeros([1, 1, 16, 16], "bool")
+    return next((call for call in (_flash_npu_13, _flash_npu_10) if _offered(call, call.__name__, x, x, x, hidden)), None)
+
+
+def _attention_npu(q, k, v, mask):
+    # The operator's own causal mask is square and wrong with a KV cache: the mask is always written out.
+    return _flash_npu()(q, k, v, None if mask is None else mask.hidden(q.shape[1], k.shape[1]))
+
+
+def _norm_npu(x, weight, eps):
+    return _C_ops._run_custom_op("rms_norm_npu", x, weight, eps)[0]
+
+
+def _rope_npu(x, cos, sin):
+    return _C_ops._run_custom_op("fused_rope", x, cos, sin)[0]
+
+
+@functools.cache
+def _norm_npu_offered():
+    return _offered(_norm_npu, "rms_norm_npu", paddle.ones([1, 64], "bfloat16"), paddle.ones([64], "bfloat16"), 1e-6)
+
+
+@functools.cache
+def _rope_npu_offered():
+    x = paddle.ones([1, 16, 1, 64])
+    return _offered(_rope_npu, "fused_rope", x, x, x)
+
+
+_PROBES = {"flash_attention_npu": _flash_npu, "rms_norm_npu": _norm_npu_offered, "fused_rope": _rope_npu_offered}
+
+# ---------------------------------------------------------------------- Paddle's own kernels for GPU
+
+
+def _attention_gpu(q, k, v, mask):
+    if mask is None or mask.is_plain_causal:
+        return F.flash_attention.flash_attention(q, k, v, causal=mask is not None)[0]
+    return F.flashmask_attention(q, k, v, mask.first_hidden(k.shape[1]), causal=True)
+
+
+def _norm_gpu(x, weight, eps):
+    return F.rms_norm(x, [x.shape[-1]], weight, eps)[0]
+
+
+def _rope_gpu(x, cos, sin):
+    rotate = paddle.incubate.nn.functional.fused_rotary_position_embedding
+    return rotate(x, sin=sin, cos=cos, use_neox_rotary_style=False)[0]
+
+
+# ---------------------------------------------------------------------- by function
+
+_ATTENTION = {"flash_attention": _attention_gpu, "flash_attention_npu": _attention_npu}
+_NORM = {"rms_norm": _norm_gpu, "rms_norm_npu": _norm_npu}
+_ROPE = {"fused_rotary_position_embedding": _rope_gpu, "fused_rope": _rope_npu}
+
+
+def attention(kernel, q, k, v, mask):
+    """``q [B, N, H, D]``, ``k, v [B, S, K, D]`` in half precision -> ``[B, N, H, D]``; ``mask`` None for full attention.
+
+    None where the kernel has no form for the mask: GPU kernels take queries and keys of the same positions only.
+    """
+    if mask is not None and q.shape[1] != k.shape[1] and kernel == "flash_attention":
+        return None
+    return _ATTENTION[kernel](q, k, v, mask)
+
+
+def rms_norm(kernel, x, weight, eps):
+    """``x [..., D]``, ``weight [D]`` -> ``[..., D]``."""
+    return _NORM[kernel](x, weight, eps)
+
+
+def rope(kernel, x, cos, sin):
+    """``x [B, N, H, D]``, tables ``[1, N, 1, D]`` float32 as for :func:`~paddlemix.models.internvl2.layers.apply_rope`.
+
+    The kernels want ``sin`` with the sign that the position formula has, and all arguments in one dtype: float32, as
+    angles in half precision would move distant tokens.
+    """
+    sin = sin * _signs(x.shape[-1], device.current())
+    return _ROPE[kernel](x.astype("float32"), cos, sin).astype(x.dtype)
+
+
+@functools.cache
+def _signs(width, _kind):
+    return paddle.to_tensor(np.repeat(np.float32([-1, 1]), width // 2))

@@ -1,0 +1,80 @@
+"""LoRA adapters in checkpoints (arXiv 2106.09685): which layers have one, and what its tensors are called.
+
+An adapter adds ``alpha / rank * x @ A @ B`` to a linear layer. The original puts one on every published linear tensor of
+the blocks: where the model here holds several of these in one product (queries, keys and values; gate and up), the product
+has as many adapters, each for its own outputs. Nothing here needs Paddle.
+"""
+
+import re
+
+# alpha / rank: the original always takes twice the rank for alpha, and its checkpoints store the rank alone.
+SCALE = 2.0
+
+_ADAPTED = re.compile(
+    r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias)"
+    r"|language_model\.model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)\.(weight|bias)"
+)
+
+
+def is_adapted(name):
+    """Whether a parameter's layer gets adapters when its tower has any; ``name`` is the parameter's in the model."""
+    return _ADAPTED.fullmatch(name) is not None
+
+
+def tower_rank(config, name):
+    """Rank of the adapters in the tower (vision or language model) that a parameter or tensor belongs to; 0 without."""
+    ranks = {"vision_model": config.use_backbone_lora, "language_model": config.use_llm_lora}
+    return ranks.get(name.split(".")[0], 0)
+
+
+def with_adapters(table, config):
+    """A table of weights under the names that they have when adapters are not merged, and the adapters' own.
+
+    Args:
+        table: what :func:`~.checkpoint.weight_table` lists for the model without adapters.
+        config: its configuration; ``use_backbone_lora`` and ``use_llm_lora`` are the ranks, 0 for none.
+
+    Returns:
+        A list of the table's kind, in the same order, the adapters behind the weights that they belong to.
+    """
+    extended = []
+    for weight in table:
+        rank = tower_rank(config, weight.name)
+        if not rank:
+            extended.append(weight)
+            continue
+        parts = tuple(part._replace(name=_wrapped(part.name, is_adapted(weight.name))) for part in weight.parts)
+        extended.append(weight._replace(parts=parts))
+        if is_adapted(weight.name) and weight.linear:
+            extended += _adapters(weight, rank)
+    return extended
+
+
+def _wrapped(name, adapted):
+    """What PEFT calls a published tensor once it has wrapped the tower."""
+    tower, name = name.split(".", 1)
+    if adapted:
+        layer, kind = name.rsplit(".", 1)
+        name = f"{layer}.base_layer.{kind}"
+    return f"{tower}.base_model.model.{name}"
+
+
+def adapter_names(wrapped):
+    """Published names of ``A`` and ``B`` of the layer whose weight is the tensor ``wrapped`` (``....base_layer.weight``)."""
+    layer = wrapped.removesuffix(".base_layer.weight")
+    return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
+
+
+def _adapters(weight, rank):
+    """The adapters of one linear weight, one for each published tensor in it, as entries of the table."""
+    layer = weight.name.removesuffix(".weight")
+    size_in = weight.shape[0]
+    for i, part in enumerate(weight.parts):
+        name_a, name_b = adapter_names(_wrapped(part.name, adapted=True))
+        size_out = part.shape[0]
+        first = min(output for _, output, _ in part.runs)
+        runs = tuple((row, output - first, count) for row, output, count in part.runs)
+        part_a = part._replace(name=name_a, shape=(rank, size_in), runs=((0, 0, rank),))
+        part_b = part._replace(name=name_b, shape=(size_out, rank), runs=runs)
+        yield weight._replace(name=f"{layer}.lora_A.{i}", shape=(size_in, rank), parts=(part_a,))
+        yield weight._replace(name=f"{layer}.lora_B.{i}", shape=(rank, size_out), parts=(part_b,))
