@@ -1,0 +1,143 @@
+"""Everything that can be tried of Ascend without a card: on tests/fake_npu, a Paddle device named npu on host memory.
+
+Placement, fallback to CPU and collectives are real there; arithmetic in bfloat16, speed and memory are not. `make test-npu`
+runs these; they need g++, and are no part of `make test`.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import REFERENCE
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ROOT / "paddlemix" / "examples" / "internvl2"
+IMAGES = ROOT / "paddlemix" / "demo_images"
+
+pytestmark = [
+    pytest.mark.npu,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the stand-in needs g++"),
+]
+
+
+def build(folder, *more):
+    """Environment in which Paddle finds a stand-in built into ``folder``."""
+    script = ROOT / "tests" / "fake_npu" / "build.sh"
+    done = subprocess.run(["bash", script, sys.executable, folder, *more], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    code = "source tools/npu/env.sh && env -0"
+    environment = {
+        **os.environ,
+        "CUSTOM_DEVICE_ROOT": str(folder),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    told = subprocess.run(["bash", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in told.stdout.split("\0") if "=" in line)
+
+
+@pytest.fixture(scope="module")
+def npu(tmp_path_factory):
+    """Environment with two stand-in devices."""
+    return build(tmp_path_factory.mktemp("npu"))
+
+
+def run(arguments, environment, code=0):
+    """Output of a Python command, as (stdout, stderr)."""
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout, done.stderr
+
+
+def test_reference_checkpoints(npu):
+    """Tokens of every chat and losses of every step, of all four families."""
+    found = {}
+    for name in ("cpu", "npu:0"):
+        stdout, _ = run(["-m", "tests.on_device", name], npu)
+        found[name] = json.loads(re.search(r"^@(.*)$", stdout, re.MULTILINE)[1])
+    for family, actual in found["npu:0"].items():
+        assert actual["places"] == ["Place(npu:0)"]
+        original = json.loads((REFERENCE / family / "expected.json").read_text(encoding="utf-8"))
+        assert actual["tokens"] == {chat["label"]: chat["output_ids"] for chat in original["chats"]}
+        assert actual["tokens"] == found["cpu"][family]["tokens"]
+        assert np.abs(np.subtract(actual["losses"], found["cpu"][family]["losses"])).max() < 1e-5
+        assert np.allclose(actual["losses"], original["adamw"]["losses"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "command, flags",
+    [
+        ("chat_demo.py", ["--image_path", IMAGES / "scene_1.png", IMAGES / "scene_2.png"]),
+        ("chat_demo_video.py", []),
+    ],
+)
+def test_chat_commands(npu, command, flags):
+    answers = {
+        name: run([COMMANDS / command, *flags, "--device", name, "--dtype", "float32"], npu)[0] for name in ("npu:0", "cpu")
+    }
+    assert answers["npu:0"] == answers["cpu"]
+    assert len(answers["cpu"]) > 10
+
+
+def test_choices_are_told(npu):
+    _, stderr = run([COMMANDS / "chat_demo.py", "--dtype", "float32"], {**npu, "PADDLEMIX_LOG": "debug"})
+    assert "norm in float32 on npu: plain (rms_norm_npu is not offered by the plug-in)" in stderr
+    assert "not set" not in stderr
+
+
+def test_strided_kernels_are_refused(npu):
+    stdout, stderr = run([COMMANDS / "chat_demo.py"], {**npu, "FLAGS_use_stride_kernel": "1"}, code=1)
+    assert stdout == ""
+    assert re.search(r"^error: device 'npu' needs FLAGS_use_stride_kernel=0", stderr, re.MULTILINE)
+
+
+def test_check(npu, tmp_path):
+    """All passes, and every operator is told to have gone through the CPU."""
+    report = tmp_path / "report.json"
+    stdout, _ = run(["tools/npu/check.py", "--report", report], npu)
+    told = json.loads(report.read_text(encoding="utf-8"))
+    status = {result["check"]: result["status"] for result in told["results"]}
+    assert told["stand_in"] and told["counts"]["fail"] == 0
+    assert status["chat, float32"] == status["ten training steps, float32"] == status["all-reduce of two devices"] == "pass"
+    operators = [r for r in told["results"] if r["check"].startswith("operator ")]
+    assert len(operators) > 20
+    for result in operators:
+        name = re.search(r"operator (\w+),", result["check"])[1]
+        if name != "cast":  # of float32 to float32, which does nothing
+            assert result["status"] == "slow" and re.search(rf"on CPU: .*\b{name}\b", result["detail"])
+    assert stdout.count("\nslow ") == told["counts"]["slow"]
+
+
+def test_check_names_a_broken_operator(tmp_path):
+    environment = build(tmp_path / "npu", ROOT / "tests" / "fake_npu" / "broken_gelu.cc")
+    stdout, _ = run(["tools/npu/check.py"], environment, code=1)
+    failed = re.findall(r"^fail +(.*?)  ", stdout, re.MULTILINE)
+    assert failed == ["operator gelu, float32", "chat, float32", "ten training steps, float32"]
+
+
+@pytest.mark.parametrize("kind", ["npu", "gpu"])
+def test_check_without_a_device(kind):
+    environment = {key: value for key, value in os.environ.items() if key != "CUSTOM_DEVICE_ROOT"}
+    stdout, stderr = run([f"tools/{kind}/check.py"], environment, code=1)
+    assert stdout == ""
+    assert stderr.count("\n") == 1 and stderr.startswith(f"nothing to check: device '{kind}' needs")
+
+
+@pytest.mark.parametrize("shell", ["bash", "sh"])
+def test_settings_of_the_user_stay(shell):
+    environment = {**os.environ, "FLAGS_npu_jit_compile": "1"}
+    code = ". ./tools/npu/env.sh; echo $FLAGS_npu_jit_compile $FLAGS_use_stride_kernel; default A B"
+    done = subprocess.run([shell, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"1 {os.environ.get('FLAGS_use_stride_kernel', 0)}\n"
+    from paddlemix import device
+
+    script = (ROOT / "tools" / "npu" / "env.sh").read_text(encoding="utf-8")
+    assert set(device._NPU_FLAGS) <= set(re.findall(r"^default (\w+)", script, re.MULTILINE))
