@@ -1,0 +1,1 @@
+"""Training data, one package a model family."""
