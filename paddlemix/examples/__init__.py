@@ -1,0 +1,1 @@
+"""Commands to run and read; each is thin and calls the rooms above."""

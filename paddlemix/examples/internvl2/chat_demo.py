@@ -1,0 +1,92 @@
+"""Chat about pictures with an InternVL model.
+
+  python paddlemix/examples/internvl2/chat_demo.py
+      asks the bundled demo model about a bundled picture
+  python paddlemix/examples/internvl2/chat_demo.py --model_name_or_path OpenGVLab/InternVL2-8B \\
+      --image_path photo.jpg --text "Please describe this picture in detail."
+  python paddlemix/examples/internvl2/chat_demo.py --image_path a.png b.png --text "What is different?" --stream --interactive
+"""
+
+from paddlemix.errors import PromptError
+from paddlemix.examples.internvl2 import cli
+
+DEMO_IMAGE = cli.DEMO_IMAGES / "scene_1.png"
+DEMO_TEXT = "What color is the star?"
+
+
+def load_pictures(paths, config, max_num=None):
+    """Pictures as a checkpoint wants them.
+
+    Args:
+        paths: picture files.
+        config: the checkpoint's :class:`InternVLChatConfig`.
+        max_num: most tiles of a picture, instead of the configuration's.
+
+    Returns:
+        (marks that go before a question, pixel_values ``[T, 3, H, W]``, tiles of each picture). A single picture's mark
+        is bare, several are numbered.
+    """
+    import numpy as np
+
+    from paddlemix.processors.internvl2.image import load_image
+
+    tiles = [
+        load_image(
+            path,
+            input_size=config.image_size,
+            min_num=config.min_dynamic_patch,
+            max_num=max_num or config.max_dynamic_patch,
+            use_thumbnail=config.use_thumbnail,
+            pad2square=config.pad2square,
+            dynamic=config.dynamic_image_size,
+        )
+        for path in paths
+    ]
+    marks = "<image>\n" if len(paths) == 1 else "".join(f"Image-{i + 1}: <image>\n" for i in range(len(paths)))
+    return marks, np.concatenate(tiles), [len(t) for t in tiles]
+
+
+def save_boxes(session, path, output):
+    """Draw the boxes of the last answer on the picture ``path``."""
+    from paddlemix.processors.internvl2.boxes import draw_boxes, parse_boxes
+    from paddlemix.processors.internvl2.image import open_image
+
+    picture = open_image(path)
+    boxes = parse_boxes(session.marked_answer, *picture.size)
+    draw_boxes(picture, boxes).save(output)
+    print(f"{len(boxes)} box(es) drawn on {output}")
+
+
+def main():
+    """Parse the command line and chat."""
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--image_path",
+        nargs="+",
+        default=None,
+        help="one picture or several; None for a question about no picture (default: a bundled picture if --text is not given)",
+    )
+    parser.add_argument("--text", default=None, help=f"the question; <image> marks a picture's place (default: {DEMO_TEXT!r})")
+    parser.add_argument("--max_num", type=int, default=None, help="most tiles of a picture (default: the checkpoint's own)")
+    parser.add_argument("--draw_boxes", metavar="OUT.png", help="draw the boxes that the answer names on the picture")
+    args = parser.parse_args()
+
+    bundled = args.image_path is None and args.text is None
+    paths = [str(DEMO_IMAGE)] if bundled else [path for path in args.image_path or [] if path != "None"]
+
+    def finish(session):
+        if len(paths) != 1:
+            raise PromptError(f"--draw_boxes needs exactly one picture, but --image_path names {len(paths)}")
+        save_boxes(session, paths[0], args.draw_boxes)
+
+    cli.run(
+        args,
+        DEMO_TEXT if args.text is None else args.text,
+        paths,
+        lambda paths, config: load_pictures(paths, config, args.max_num),
+        finish if args.draw_boxes else None,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the chat commands share: their flags, loading a model, and asking. Quick to import."""
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import paddlemix
+from paddlemix.errors import UserError, user_errors_exit
+
+ROOT = Path(paddlemix.__file__).parent
+DEMO_MODEL = ROOT / "demo_model"
+DEMO_IMAGES = ROOT / "demo_images"
+
+
+def make_parser(description):
+    """A parser with the flags that choose the model and how it answers; the description is shown as it is written."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model_name_or_path",
+        default=str(DEMO_MODEL),
+        help="a checkpoint directory, or a name such as OpenGVLab/InternVL2-1B (default: the bundled demo model)",
+    )
+    model.add_argument(
+        "--device", default="auto", help="auto, cpu, gpu, npu or another Paddle device, or gpu:1 (default: auto)"
+    )
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="dtype of weights and arithmetic (default: auto, the best that the device has)",
+    )
+    model.add_argument(
+        "--engine",
+        default="auto",
+        choices=["auto", "eager", "inference"],
+        help="eager: plain Paddle; inference: fused CPU kernels, compiled on first use (default: auto, the faster one)",
+    )
+    answer = parser.add_argument_group("answer")
+    answer.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
+    answer.add_argument("--do_sample", action="store_true", help="draw tokens at random instead of taking the likeliest")
+    answer.add_argument("--temperature", type=float, default=1.0, help="with --do_sample (default: 1.0)")
+    answer.add_argument("--top_k", type=int, default=50, help="with --do_sample; 0 for all tokens (default: 50)")
+    answer.add_argument("--top_p", type=float, default=1.0, help="with --do_sample (default: 1.0)")
+    answer.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition (default: 1.0)")
+    answer.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="texts that end the answer")
+    answer.add_argument("--seed", type=int, default=None, help="with --do_sample: the same seed gives the same answer")
+    answer.add_argument("--system_message", default=None, help="tell the model who it is (default: the checkpoint's own)")
+    answer.add_argument("--stream", action="store_true", help="print the answer as it is generated")
+    answer.add_argument("--interactive", action="store_true", help="go on asking in the same conversation")
+    return parser
+
+
+@user_errors_exit
+def run(args, text, paths, attach, finish=None):
+    """Load the model that ``args`` name and ask it.
+
+    Args:
+        args: parsed flags of :func:`make_parser`.
+        text: the question.
+        paths: pictures or videos that it is about, possibly none.
+        attach: ``attach(paths, config) -> (marks, pixel_values, tiles of each picture)`` reads them as the checkpoint's
+            configuration wants; ``marks`` go before the question unless it says itself where pictures go.
+        finish: called with the session after the first answer.
+    """
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle says so at every start; nothing is compiled with it
+    from paddlemix import device
+    from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
+    from paddlemix.models.internvl2.hub import resolve
+
+    device.set_device(args.device)
+    directory = resolve(args.model_name_or_path)
+    model = InternVLChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine)
+    session = ChatSession(model, load_tokenizer(directory), system_message=args.system_message)
+
+    marks, pixels, counts = attach(paths, model.config) if paths else ("", None, None)
+    _ask(session, args, text if "<image>" in text else marks + text, pixels, counts)
+    if finish is not None:
+        finish(session)
+    if args.interactive:
+        _converse(session, args, attach)
+
+
+def _ask(session, args, question, pixels=None, counts=None):
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")}
+    options |= {"repetition_penalty": args.repetition_penalty, "stop_strings": tuple(args.stop)}
+    pieces = session.stream(question, pixels, options, counts)
+    if not (args.stream or args.interactive):
+        pieces = ["".join(pieces)]
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _converse(session, args, attach):
+    """Read questions until an empty line or the end of the input."""
+    print("Ask on. A line `/add FILE ...` adds to your next question, an empty line ends.", file=sys.stderr)
+    added = []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        try:
+            if line.startswith("/add "):
+                added += line.split()[1:]
+                continue
+            marks, pixels, counts = attach(added, session.model.config) if added else ("", None, None)
+            _ask(session, args, line if "<image>" in line else marks + line, pixels, counts)
+        except UserError as error:  # a wrong path or too long a prompt is no reason to lose the conversation
+            print(f"error: {error}", file=sys.stderr)
+        added = []
