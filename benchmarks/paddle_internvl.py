@@ -1,0 +1,68 @@
+"""This package, as one side of ``inference.py``."""
+
+import time
+
+import paddle
+
+from paddlemix import device
+from paddlemix.kernels import cpu as kernels
+from paddlemix.models.internvl2 import GenerationConfig, InternVLChatConfig, InternVLChatModel
+from paddlemix.models.internvl2.engine import choose
+from paddlemix.models.internvl2.flops import parameter_counts
+from paddlemix.models.internvl2.generation import generate_tokens
+
+
+class PaddleInternVL:
+    """A published checkpoint on CPU; the methods are those of ``TorchInternVL``."""
+
+    packages = ("paddlepaddle",)
+
+    def __init__(self, directory, dtype, threads, engine):
+        device.set_device("cpu")
+        kernels.set_num_threads(threads)
+        parameters = sum(parameter_counts(InternVLChatConfig.from_pretrained(directory)).values())
+        self.engine, self.dtype = choose(engine, dtype, parameters)  # before the clock starts: it may compile kernels
+        start = time.perf_counter()
+        self.model = InternVLChatModel.from_pretrained(directory, dtype=self.dtype, engine=self.engine)
+        self.load_seconds = time.perf_counter() - start
+
+    def warm_up(self, pixels, ids):
+        """Run everything once."""
+        self.features(pixels)
+        self.generate(ids, 6)
+
+    def features(self, pixels):
+        """``[T, 3, H, W]`` array -> ``[T, tokens, D]``."""
+        return self.model.extract_feature(pixels)
+
+    @paddle.no_grad()
+    def generate(self, ids, steps):
+        """Seconds of prefill up to the first token, and of ``steps`` decode steps after it."""
+        llm = self.model.language_model
+        tokens = generate_tokens(llm, llm.embed(paddle.to_tensor(ids)), GenerationConfig(max_new_tokens=steps + 1))
+        start = time.perf_counter()
+        next(tokens)
+        first = time.perf_counter()
+        decoded = sum(1 for _ in tokens)
+        end = time.perf_counter()
+        if decoded != steps:
+            raise RuntimeError(f"{decoded} tokens were decoded instead of {steps}")
+        return first - start, end - first
+
+    def first_token(self, pixels, ids, context_id):
+        """The first token after a prompt in which ``context_id`` marks the places of picture features."""
+        self.model.img_context_token_id = context_id
+        return int(self.model.generate(pixels, ids, max_new_tokens=1).numpy()[0, 0])
+
+    def matmul(self, size):
+        """A function that multiplies two square matrices in the fastest way there is on this side."""
+        a, b = (paddle.randn([size, size]) for _ in range(2))
+        if self.dtype == "float32":
+            return lambda: paddle.matmul(a, b)
+        packed = kernels.PackedLinear(b, None, self.dtype)
+        return lambda: packed(a)
+
+    @staticmethod
+    def to_numpy(features):
+        """Features as a float32 array."""
+        return features.astype("float32").numpy()

@@ -1,0 +1,119 @@
+"""benchmarks/inference.py: the command as people run it, and its arithmetic."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
+from paddlemix.models.internvl2.flops import decode_bytes, decoder_flops, vision_flops
+from tests.conftest import REFERENCE
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture
+def inference(monkeypatch):
+    """The command's module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import inference
+
+    return inference
+
+
+def run(*arguments):
+    command = [sys.executable, BENCHMARKS / "inference.py", "--quick", "--repeat", "1", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def figures(text):
+    """``{row: (our figure, our share of the limit or None)}`` of the table in ``text``."""
+    rows = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and cells[1][:1].isdigit():
+            assert cells[2] == cells[3] == cells[6] == ""  # nothing of torch, which did not run
+            rows[cells[0]] = (float(cells[1].replace(",", "")), float(cells[5].strip("%")) / 100 if cells[5] else None)
+    return rows
+
+
+def test_bundled_model_without_torch():
+    done = run("--model", "demo", "--dtype", "float32", "--torch-python", shutil.which("false"))
+    assert done.returncode == 0, done.stderr
+    assert "pip install torch==" in done.stdout
+    assert 0 <= float(re.search(r"other programs used ([\d.]+)", done.stdout)[1]) <= os.cpu_count()
+    rows = figures(done.stdout)
+    names = "ViT and projector, tiles/s", "prefill, tokens/s", "decode, tokens/s"
+    assert list(rows) == [*names, "pixels to first token, s", "load, s", "peak memory, GB"]
+    assert all(figure > 0 for figure, _ in rows.values())
+    assert all(0 <= rows[name][1] <= 1.2 for name in names)  # of what the machine can do
+    # Two tiles of 16 tokens and 40 of text: features and prefill are what the first token waits for.
+    expected = 2 / rows[names[0]][0] + 72 / rows[names[1]][0]
+    assert 0.2 < rows["pixels to first token, s"][0] / expected < 5
+    assert 0.03 < rows["peak memory, GB"][0] < 4  # the weights alone are 31 MB
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["--rows", "vit,speed"], 2, "speed"),
+        (["--model", "/no/such/model"], 1, "/no/such/model"),
+        (["--torch-python", "/no/such/python"], 1, "/no/such/python"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, code, words):
+    done = run(*arguments)
+    assert done.returncode == code
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_ratios_and_shares(inference):
+    config = InternVLChatConfig.from_pretrained(REFERENCE / "qwen2" / "checkpoint")
+    spec = {"rows": list(inference.ROWS), "tiles": 3, "prompt": 88, "decode": 2, "dtype": "bfloat16"}
+    peak, bandwidth = 1e12, 1e10
+    ours = {
+        "vit": 2 * vision_flops(config, 3) / peak,  # half of the peak
+        "prefill": 4 * decoder_flops(config, 88) / peak,
+        "decode": 10 * (decode_bytes(config, 89, "bfloat16") + decode_bytes(config, 90, "bfloat16")) / bandwidth,
+        "first": 2.0,
+        "load": 3.0,
+        "memory": 4e9,
+    }
+    torch = {row: 2 * figure for row, figure in ours.items()}
+    limits = {"matmul peak": peak, "memory reads": bandwidth, "": None}
+    cells = {}
+    for line in list(inference.table(config, spec, {"ours": ours, "torch": torch}, limits))[2:]:
+        name, *values = (cell.strip() for cell in line.strip("|").split("|"))
+        cells[name] = values
+    assert [values[2] for values in cells.values()] == ["2.00"] * 6  # every torch figure is twice as bad
+    assert cells["ViT and projector, tiles/s"][4:] == ["50%", "25%"]
+    assert cells["prefill, tokens/s"][4:] == ["25%", "12%"]
+    assert cells["decode, tokens/s"][4:] == ["10%", "5%"]
+    assert cells["peak memory, GB"][:2] == ["4", "8"]
+    alone = list(inference.table(config, spec, {"ours": ours}, limits))
+    assert all(line.strip("|").split("|")[2].strip() == "" for line in alone[2:])
+
+
+def test_configuration_alone_gets_random_weights(inference, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    published = tmp_path / "shapes"
+    published.mkdir()
+    shutil.copy(REFERENCE / "internlm2" / "checkpoint" / "config.json", published)
+    directory = inference.checkpoint_directory(str(published))
+    assert directory.is_relative_to(tmp_path / "cache")
+    model = InternVLChatModel.from_pretrained(str(directory), dtype="float32")
+    pixels = np.random.default_rng(0).standard_normal([1, 3, 112, 112], np.float32)
+    features = model.extract_feature(pixels).numpy()
+    assert np.isfinite(features).all() and features.std() > 1e-3
+    written = os.stat(directory / "model.safetensors").st_mtime_ns
+    assert inference.checkpoint_directory(str(published)) == directory
+    assert os.stat(directory / "model.safetensors").st_mtime_ns == written  # once is enough
+    # A complete checkpoint is measured as it is.
+    whole = REFERENCE / "qwen2" / "checkpoint"
+    assert inference.checkpoint_directory(str(whole)) == whole
