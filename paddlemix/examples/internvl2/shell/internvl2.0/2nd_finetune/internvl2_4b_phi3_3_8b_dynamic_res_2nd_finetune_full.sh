@@ -1,0 +1,18 @@
+#!/bin/sh
+# InternVL2-4B: projector and language model learn, the rest is frozen. Variables and arguments: see ../../run.sh.
+set -eu
+SHELL_DIR=$(cd "$(dirname "$0")/../.." && pwd)
+
+: "${MODEL:=OpenGVLab/InternVL2-4B}" "${OUTPUT_DIR:=work_dirs/internvl2_4b_full}"
+METHOD=full
+CONV_STYLE=phi3-chat
+DEFAULT_GPUS=8
+DEFAULT_BATCH_SIZE=128
+DEFAULT_PER_DEVICE_BATCH_SIZE=4
+LEARNING_RATE=4e-5
+WEIGHT_DECAY=0.01
+DROP_PATH_RATE=0.1
+MAX_SEQ_LENGTH=4096
+SHARDING=stage1
+
+. "$SHELL_DIR/run.sh"

@@ -1,0 +1,1 @@
+"""Fine-tuning: arguments, building and freezing a model, the optimiser over many processes, checkpoints, the loop."""

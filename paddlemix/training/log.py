@@ -1,0 +1,128 @@
+"""What a run says of itself: a progress bar, ``train_log.jsonl`` and VisualDL, with the speed that was reached."""
+
+import json
+import os
+import time
+
+import numpy as np
+import paddle
+from tqdm import tqdm
+
+from paddlemix import device
+from paddlemix.errors import ConfigError
+from paddlemix.models.internvl2.flops import decoder_flops, vision_flops
+
+
+def training_flops(model, segments, labels, tiles):
+    """FLOPs of the forward and backward pass of a batch, without what recompute adds.
+
+    Args:
+        model: :class:`InternVLChatModel` with its parts frozen or not.
+        segments: tokens of each sample.
+        labels: labelled tokens together.
+        tiles: number of tiles.
+
+    A backward pass costs as much as the forward pass for gradients of the inputs, where something before them learns, and
+    as much again for those of the weights that learn.
+    """
+    config = model.config
+    llm = sum(decoder_flops(config, int(tokens), logits=0) for tokens in segments)
+    llm += 2 * labels * config.llm_config.hidden_size * config.llm_config.vocab_size
+    vision = vision_flops(config, tiles)
+    llm_learns = _learning_share(model.language_model)
+    vision_learns = _learning_share(model.vision_model)
+    return llm * (2 + llm_learns) + vision * (1 + (1 + vision_learns if vision_learns else 0))
+
+
+def _learning_share(layer):
+    sizes = [(p.size, not p.stop_gradient) for p in layer.parameters()]
+    return sum(size for size, learns in sizes if learns) / sum(size for size, _ in sizes)
+
+
+def peak_flops(dtype, seconds=0.2):
+    """FLOPs a second of a large matrix product on this device in ``dtype``: what 100% utilisation means."""
+    size, best = 512, 0.0
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a = paddle.ones([size, size], dtype)
+        paddle.matmul(a, a)
+        device.synchronize()
+        began = time.perf_counter()
+        paddle.matmul(a, a)
+        device.synchronize()
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+        size = min(2 * size, 8192)
+    return best
+
+
+class TrainLog:
+    """Progress of a run; only the first process says anything.
+
+    Args:
+        args: :class:`~.arguments.PreTrainingArguments`.
+        total: steps in all.
+        done: steps done by the run that is resumed.
+        active: whether this process is the first.
+    """
+
+    def __init__(self, args, total, done=0, active=True):
+        self.active, self._sums, self._steps = active, {}, 0
+        if not active:
+            return
+        self.path = os.path.join(args.output_dir, "train_log.jsonl")
+        kept = [row for row in read_log(self.path) if row.get("step", 0) <= done] if done else []
+        # What a killed run wrote after its last checkpoint happens again.
+        with open(self.path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        self._writer = None
+        if args.report_to == "visualdl":
+            try:
+                from visualdl import LogWriter
+            except ImportError:
+                raise ConfigError("VisualDL is not installed: pip install visualdl, or use --report_to none") from None
+            self._writer = LogWriter(logdir=args.logging_dir or os.path.join(args.output_dir, "runs"))
+        self._bar = tqdm(total=total, initial=done, disable=args.disable_tqdm, unit="step", dynamic_ncols=True)
+
+    def step(self, loss):
+        """One step is done."""
+        if self.active:
+            self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self._bar.update()
+
+    def write(self, step, values):
+        """One line of the log, and a point of every curve."""
+        if not self.active:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{k: _rounded(v) for k, v in values.items()}}) + "\n")
+        for name, value in values.items() if self._writer else ():
+            self._writer.add_scalar(tag=name, step=step, value=float(value))
+
+    def say(self, text):
+        """A line above the progress bar."""
+        if self.active:
+            self._bar.write(text)
+
+    def close(self):
+        """End the progress bar."""
+        if self.active:
+            self._bar.close()
+            if self._writer:
+                self._writer.close()
+
+
+def read_log(path):
+    """Lines of a ``train_log.jsonl`` as dictionaries; one that a killed run left half written is left out."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+    return rows
+
+
+def _rounded(value):
+    return float(f"{value:.9g}") if isinstance(value, (float, np.floating)) else value

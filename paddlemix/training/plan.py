@@ -1,0 +1,452 @@
+"""What a run will cost, before it starts: parameters, memory of a device, steps and tokens.
+
+  python -m paddlemix.training.plan --processes 8 FLAGS    the plan of a run with the trainer's flags (same as its --dry_run)
+  python -m paddlemix.training.plan --table                memory for each published model and method (docs/finetune.md)
+
+Everything is computed from the configuration and the arguments. Weights, gradients and optimiser states follow
+:mod:`~.optimizer` and are exact. Activations are what the blocks keep for the backward pass, counted operator by operator;
+the counts were checked against Paddle's own allocation counters on CPU (``tests/training/test_plan.py``).
+"""
+
+import dataclasses
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass
+
+from paddlemix.datasets.internvl2.records import read_meta
+from paddlemix.errors import ConfigError, DataError, DeviceError, user_errors_exit
+from paddlemix.models.internvl2.adapters import with_adapters
+from paddlemix.models.internvl2.checkpoint import weight_table
+from paddlemix.models.internvl2.configuration import InternVLChatConfig
+
+from .arguments import parse
+
+GB = 1e9
+
+# ---------------------------------------------------------------------- published models
+
+_VIT_300M = dict(
+    hidden_size=1024,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    intermediate_size=4096,
+    image_size=448,
+    qkv_bias=True,
+    qk_normalization=False,
+    norm_type="layer_norm",
+)
+_VIT_6B = dict(num_hidden_layers=45, image_size=448)
+
+# name: (vision tower, language model, hidden, layers, heads, key/value heads, MLP width, vocabulary), from their config.json.
+_PUBLISHED = {
+    "InternVL2-1B": (_VIT_300M, "Qwen2", 896, 24, 14, 2, 4864, 151655),
+    "InternVL2-2B": (_VIT_300M, "InternLM2", 2048, 24, 16, 8, 8192, 92553),
+    "InternVL2-4B": (_VIT_300M, "Phi3", 3072, 32, 32, 32, 8192, 32020),
+    "InternVL2-8B": (_VIT_300M, "InternLM2", 4096, 32, 32, 8, 14336, 92553),
+    "InternVL2-26B": (_VIT_6B, "InternLM2", 6144, 48, 48, 8, 16384, 92553),
+    "InternVL2-40B": (_VIT_6B, "Llama", 7168, 60, 56, 8, 20480, 64009),
+    "InternVL2_5-1B": (_VIT_300M, "Qwen2", 896, 24, 14, 2, 4864, 151674),
+    "InternVL2_5-2B": (_VIT_300M, "InternLM2", 2048, 24, 16, 8, 8192, 92553),
+    "InternVL2_5-4B": (_VIT_300M, "Qwen2", 2048, 36, 16, 2, 11008, 151674),
+    "InternVL2_5-8B": (_VIT_300M, "InternLM2", 4096, 32, 32, 8, 14336, 92553),
+    "InternVL2_5-26B": (_VIT_6B, "InternLM2", 6144, 48, 48, 8, 16384, 92553),
+    "InternVL2_5-38B": (_VIT_6B, "Qwen2", 5120, 64, 40, 8, 27648, 151674),
+    "InternVL2_5-78B": (_VIT_6B, "Qwen2", 8192, 80, 64, 8, 29568, 151674),
+}
+PUBLISHED = tuple(_PUBLISHED)
+
+
+def published_config(name):
+    """Sizes of a published model, as a configuration; ``name`` is one of :data:`PUBLISHED`."""
+    vision, family, hidden, layers, heads, kv_heads, mlp, vocabulary = _PUBLISHED[name]
+    llm = {
+        "architectures": [f"{family}ForCausalLM"],
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocabulary,
+        "bias": False,
+    }
+    return InternVLChatConfig.from_dict({"vision_config": vision, "llm_config": llm, "use_thumbnail": True, "ps_version": "v2"})
+
+
+# ---------------------------------------------------------------------- parameters
+
+
+def learns(name, model_args, vision_depth):
+    """Whether a parameter of the model is trained.
+
+    Args:
+        name: the parameter's in the model.
+        model_args: :class:`~.arguments.ModelArguments`.
+        vision_depth: number of blocks of the vision tower.
+    """
+    if ".lora_" in name:
+        return True
+    part = name.split(".")[0]
+    if part == "mlp1":
+        return not model_args.freeze_mlp
+    if part == "vision_model":
+        block = re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name)
+        chosen = range(vision_depth)[model_args.unfreeze_vit_layers :] if model_args.unfreeze_vit_layers else ()
+        if block and int(block[1]) in chosen:
+            return True
+        return not (model_args.freeze_backbone or model_args.use_backbone_lora)
+    if model_args.unfreeze_lm_head and name.startswith("language_model.lm_head."):
+        return True
+    return not (model_args.freeze_llm or model_args.use_llm_lora)
+
+
+def parameters(config, model_args):
+    """``{name: (number of values, whether it is trained)}`` of all parameters, new adapters included.
+
+    Args:
+        config: :class:`InternVLChatConfig` of the model that is started from.
+        model_args: :class:`~.arguments.ModelArguments`.
+    """
+    plain = dataclasses.replace(config, use_llm_lora=0, use_backbone_lora=0)
+    ranks = dict(
+        use_llm_lora=model_args.use_llm_lora or config.use_llm_lora,
+        use_backbone_lora=model_args.use_backbone_lora or config.use_backbone_lora,
+    )
+    depth = config.vision_config.num_hidden_layers
+    table = with_adapters(weight_table(plain), dataclasses.replace(config, **ranks))
+    return {weight.name: (math.prod(weight.shape), learns(weight.name, model_args, depth)) for weight in table}
+
+
+# ---------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The largest batch that a device computes at once: rows of so many tokens each, and tiles of all rows together."""
+
+    rows: int
+    tokens: int
+    tiles: int
+
+
+def largest_batch(config, data_args, train_args, text_tokens=512):
+    """The :class:`Batch` of samples with all the tiles that they may have and ``text_tokens`` of text.
+
+    Args:
+        config: :class:`InternVLChatConfig`.
+        data_args, train_args: the trainer's arguments.
+        text_tokens: length of a sample without its tiles.
+    """
+    rows = train_args.per_device_train_batch_size
+    side = data_args.force_image_size // config.vision_config.patch_size
+    per_tile = int(side**2 * data_args.down_sample_ratio**2)
+    if data_args.use_packed_ds:
+        return Batch(rows, data_args.max_packed_tokens, rows * data_args.num_images_expected)
+    tiles = data_args.max_dynamic_patch if data_args.dynamic_image_size else 1
+    tiles += data_args.use_thumbnail and tiles > 1
+    return Batch(rows, min(data_args.max_seq_length, tiles * per_tile + text_tokens), rows * tiles)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    ``gradients`` and ``activations`` are there together in the backward pass; ``update`` is what the optimiser needs for a
+    moment once activations are gone.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    activations: float
+    update: float
+
+    @property
+    def peak(self):
+        """The most that is in use at any time."""
+        return self.weights + self.optimizer + self.gradients + max(self.activations, self.update)
+
+
+def memory(config, counts, train_args, batch, processes, flash, freeze_backbone, image_size):
+    """Memory of a training step on one device.
+
+    Args:
+        config: :class:`InternVLChatConfig`.
+        counts: from :func:`parameters`.
+        train_args: :class:`~.arguments.PreTrainingArguments`.
+        batch: :class:`Batch`.
+        processes: of the whole run.
+        flash: whether attention runs in a kernel that never holds the scores.
+        freeze_backbone: whether nothing of the vision tower is trained.
+        image_size: side of a tile in pixels.
+    """
+    half = train_args.half is not None
+    weight = 2 if half and train_args.fp16_opt_level == "O2" else 4
+    total = sum(size for size, _ in counts.values())
+    trained = {name: size for name, (size, learned) in counts.items() if learned}
+    learned = sum(trained.values())
+    stage = int(train_args.sharding[-1]) if train_args.sharding and processes > 1 else 0
+    owned = largest_share(trained.values(), processes) if stage else learned
+    gradients = weight * learned  # what the backward pass leaves
+    if stage == 2:
+        gradients += 4 * owned
+    elif train_args.amp_master_grad:
+        gradients += 4 * learned
+    masters = 4 * owned if weight == 2 else 0
+    element = 2 if half else 4
+    kept, moments = zip(
+        _vision_activations(config, batch, element, flash, freeze_backbone, train_args.recompute, image_size),
+        _language_activations(config, batch, element, flash, train_args.recompute, _adapter_inputs(config, counts)),
+    )
+    activations = sum(kept) + max(moments)
+    # float32 copies of the gradients, and these again after scaling
+    return Memory(weight * total, 8 * owned + masters, gradients, activations, 8 * owned)
+
+
+def largest_share(sizes, processes):
+    """Values that the fullest process owns when whole parameters are dealt out, the largest first."""
+    loads = [0] * processes
+    for size in sorted(sizes, reverse=True):
+        loads[loads.index(min(loads))] += size
+    return max(loads)
+
+
+def _adapter_inputs(config, counts):
+    """Inputs that the adapters of one block of the language model keep, in values a token."""
+    first = "language_model.model.layers.0."
+    llm = config.llm_config
+    wide = llm.intermediate_size
+    names = [name for name in counts if name.startswith(first) and ".lora_A." in name]
+    return sum(wide if ".down_proj." in name else llm.hidden_size for name in names)
+
+
+def _language_activations(config, batch, element, flash, recompute, adapter_inputs):
+    """Bytes that are kept until the backward pass, and the most that is in use for a moment beside them."""
+    llm = config.llm_config
+    width, kv, hidden = llm.hidden_size, llm.num_key_value_heads * llm.head_dim, llm.intermediate_size
+    # What a block keeps of a token.
+    norms = 2 * (4 + 2 * element) * width  # each: the input in float32, and the result before and after its weight
+    rope = 8 * (width + kv)  # queries and keys in float32, and these with their halves swapped
+    qkv = element * (2 * width + 2 * kv)  # what attention takes and gives
+    scores = 0 if flash else (4 if element == 4 else 4 + element) * llm.num_attention_heads * batch.tokens
+    mlp = element * 3 * hidden  # gate and up, and their product
+    adapters = (element + 1) * adapter_inputs  # inputs after dropout, and where it struck
+    block = norms + rope + qkv + scores + mlp + adapters
+    tokens = batch.rows * batch.tokens
+    ends = element * 6 * width  # embeddings with features in place, the final norm, and their gradients
+    # Logits of one chunk, probabilities and their gradient, in float32 or the first of them in half precision twice.
+    chunk = min(tokens, LOSS_CHUNK) * llm.vocab_size * 12
+    if recompute:
+        # The backward pass of a block starts with all that it keeps; at its attention the MLP's share is gone again.
+        attention = norms / 2 + rope + qkv + 3 * scores
+        return tokens * (llm.num_hidden_layers * element * width + ends), max(tokens * max(block, attention), chunk)
+    return tokens * (llm.num_hidden_layers * block + ends), max(tokens * 2 * scores, chunk)
+
+
+def _vision_activations(config, batch, element, flash, frozen, recompute, image_size):
+    """The same of the vision tower and the projector."""
+    vision = config.vision_config
+    width, tokens = vision.hidden_size, 1 + (image_size // vision.patch_size) ** 2
+    scores = 0 if flash else vision.num_attention_heads * tokens
+    # Pixels, and what the projector keeps: its input twice, and both sides of GELU.
+    side = round(1 / config.downsample_ratio)
+    projector = tokens / side**2 * element * (2 * width * side**2 + 3 * config.llm_config.hidden_size)
+    ends = batch.tiles * (4 * 3 * image_size**2 + projector)
+    if frozen:  # nothing is kept; one block at work on a few tiles at a time
+        working = max(8 * element * width + 12 * scores, element * (4 * width + 2 * vision.intermediate_size))
+        return ends, min(batch.tiles, VISION_BATCH) * tokens * working
+    norms = 10 * element * width + (2 * (4 + 2 * element) * width if vision.qk_normalization else 0)
+    block = norms + 2 * element * vision.intermediate_size + (4 if element == 4 else 4 + element) * scores
+    depth = vision.num_hidden_layers
+    if recompute:
+        working = max(block, norms / 2 + 12 * scores)
+        return ends + batch.tiles * tokens * depth * element * width, batch.tiles * tokens * working
+    return ends + batch.tiles * tokens * depth * block, batch.tiles * tokens * 8 * scores
+
+
+LOSS_CHUNK = 512  # labelled tokens, as chunked_causal_loss
+VISION_BATCH = 4  # tiles, as InternVLChatModel.vision_batch
+OVERHEAD = 1.5 * GB  # the framework's own: context, kernels, workspaces, communication buffers
+
+
+# ---------------------------------------------------------------------- steps
+
+
+def count_steps(samples, train_args, processes):
+    """Updates of a run over ``samples`` samples an epoch."""
+    if train_args.max_steps > 0:
+        return train_args.max_steps
+    at_once = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps * processes
+    an_epoch = samples // at_once if train_args.dataloader_drop_last else math.ceil(samples / at_once)
+    return math.ceil(an_epoch * train_args.num_train_epochs)
+
+
+# ---------------------------------------------------------------------- the command
+
+
+@dataclass
+class PlanArguments:
+    """The plan alone."""
+
+    processes: int = dataclasses.field(default=1, metadata={"help": "processes of the run, one a device"})
+    device_memory: float | None = dataclasses.field(
+        default=None, metadata={"help": "memory of a device in GB; default: that of the device here"}
+    )
+    table: bool = dataclasses.field(default=False, metadata={"help": "only print memory for each published model and method"})
+    dry_run: bool = dataclasses.field(default=True, metadata={"help": "print the plan and start nothing"})
+
+
+def plan(config, model_args, data_args, train_args, processes, kind):
+    """Parameters, largest batch and memory of a run.
+
+    Args:
+        config: :class:`InternVLChatConfig` of the model that is started from.
+        model_args, data_args, train_args: the trainer's arguments.
+        processes: number of processes.
+        kind: of the device: ``cpu``, ``gpu``, ``npu`` or another's name.
+
+    Returns:
+        (counts as from :func:`parameters`, :class:`Batch`, :class:`Memory`).
+    """
+    if kind == "cpu":  # always trains in float32
+        train_args = dataclasses.replace(train_args, bf16=False, fp16=False, amp_master_grad=False)
+    counts = parameters(config, model_args)
+    batch = largest_batch(config, data_args, train_args)
+    frozen = not any(learned for name, (_, learned) in counts.items() if name.startswith("vision_model."))
+    # As device.attention_kernel: flash attention is for bfloat16 on GPU (float16 means V100 here), and has no packed rows.
+    flash = kind == "gpu" and train_args.half == "bfloat16" and not data_args.use_packed_ds
+    needed = memory(config, counts, train_args, batch, processes, flash, frozen, data_args.force_image_size)
+    return counts, batch, needed
+
+
+def describe(config, model_args, data_args, train_args, processes, kind, device_memory=None):
+    """The plan as text.
+
+    Args:
+        config, model_args, data_args, train_args, processes, kind: see :func:`plan`.
+        device_memory: bytes that a device has; None if unknown.
+    """
+    counts, batch, needed = plan(config, model_args, data_args, train_args, processes, kind)
+    lines = ["parameters (millions)       trained      frozen"]
+    parts = {"vision tower": "vision_model.", "projector": "mlp1.", "language model": "language_model."}
+    sums = []
+    for title, prefix in parts.items():
+        own = [value for name, value in counts.items() if name.startswith(prefix)]
+        sums.append([sum(size for size, learned in own if learned == wanted) / 1e6 for wanted in (True, False)])
+        lines.append(f"  {title:20}{sums[-1][0]:13,.1f}{sums[-1][1]:12,.1f}")
+    lines.append(f"  {'all':20}{sum(s[0] for s in sums):13,.1f}{sum(s[1] for s in sums):12,.1f}")
+    where = f"each of {processes} devices" if processes > 1 else "the device"
+    lines.append(f"memory of {where} (GB)")
+    for title, value in (
+        ("weights", needed.weights),
+        ("optimizer states", needed.optimizer),
+        ("gradients", needed.gradients),
+        ("activations", needed.activations),
+        ("the framework's own", OVERHEAD),
+        ("peak", needed.peak + OVERHEAD),
+    ):
+        lines.append(f"  {title:20}{value / GB:13,.1f}")
+    share = processes if kind == "cpu" else 1  # processes on CPU share one memory
+    if device_memory is None:
+        lines.append(f"  there is no {kind} here to compare with: give --device_memory GB")
+    elif (needed.peak + OVERHEAD) * share > device_memory:
+        lines.append(f"  does NOT fit into {device_memory / GB:,.0f} GB: see 'Out of memory' in docs/finetune.md")
+    else:
+        lines.append(f"  fits into {device_memory / GB:,.0f} GB")
+    recompute = "with" if train_args.recompute else "without"
+    lines.append(f"  for batches of {batch.rows} x {batch.tokens} tokens and {batch.tiles} tiles, {recompute} recompute")
+    if data_args.meta_path is not None:
+        try:
+            samples = sum(len(source) for source in read_meta(data_args.meta_path))
+        except DataError as error:  # a plan can be made before the data are here
+            return "\n".join([*lines, f"number of steps not known: {error}"])
+        steps = count_steps(samples, train_args, processes)
+        an_update = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps * processes
+        lines.append(f"samples of an epoch   {samples:11,}")
+        lines.append(f"samples of an update  {an_update:11,}")
+        lines.append(f"updates               {steps:11,}")
+        lines.append(f"tokens                {steps * an_update * batch.tokens / 1e6:11,.1f} million at most")
+    return "\n".join(lines)
+
+
+def memory_table():
+    """Markdown table of memory for the published models with the settings of the shell scripts."""
+    from .arguments import DataTrainingArguments, ModelArguments, PreTrainingArguments
+
+    rows = [
+        "| model | method | cards | samples a card | weights | optimizer | gradients | activations | peak of a card |",
+        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
+    ]
+    for name in PUBLISHED:
+        size = int(name.split("-")[1][:-1])
+        config = published_config(name)
+        usual = 1 if size >= 78 else 2 if size >= 26 else 4
+        cards = {38: 16, 40: 16, 78: 32}.get(size, 8)
+        for method, processes, per_device in (
+            ("full", cards, usual),
+            ("LoRA 16", 8 if size == 78 else 2, usual),
+            ("LoRA 16", 1, 1),
+        ):
+            lora = method != "full"
+            model_args = ModelArguments(
+                model_name_or_path=name, freeze_backbone=True, freeze_llm=lora, freeze_mlp=lora, use_llm_lora=16 * lora
+            )
+            data_args = DataTrainingArguments(
+                max_seq_length=4096 if "2-" in name else 8192, dynamic_image_size=True, use_thumbnail=True, max_dynamic_patch=6
+            )
+            train_args = PreTrainingArguments(
+                output_dir=".",
+                per_device_train_batch_size=per_device,
+                bf16=True,
+                fp16_opt_level="O2",
+                amp_master_grad=True,
+                recompute=True,
+                sharding="stage2" if size >= (26 if lora else 8) else "stage1",
+            )
+            _, _, needed = plan(config, model_args, data_args, train_args, processes, "gpu")
+            values = (needed.weights, needed.optimizer, needed.gradients, needed.activations, needed.peak + OVERHEAD)
+            cells = " | ".join(f"{value / GB:.1f}" for value in values)
+            rows.append(f"| {name} | {method} | {processes} | {per_device} | {cells} |")
+    return "\n".join(rows)
+
+
+def read_config(model_args):
+    """The configuration of the model that is started from: its ``config.json``, or the sizes that are known for its name.
+
+    Raises:
+        UserError: there is no such directory, and the name is not that of a published model.
+    """
+    from paddlemix.models.internvl2.hub import resolve
+
+    if model_args.model_name_or_path is None:
+        raise ConfigError("the plan needs a whole model: set --model_name_or_path")
+    name = os.path.basename(os.path.normpath(model_args.model_name_or_path))
+    if not os.path.isdir(model_args.model_name_or_path) and name in PUBLISHED:
+        return published_config(name)
+    return InternVLChatConfig.from_pretrained(resolve(model_args.model_name_or_path))
+
+
+@user_errors_exit
+def main(argv=None):
+    """The command line."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--table"]:
+        print(memory_table())
+        return
+    *arguments, own = parse(argv, prog="python -m paddlemix.training.plan", extra=(PlanArguments,))
+    model_args, _, train_args = arguments
+    from paddlemix import device
+
+    total = None if own.device_memory is None else own.device_memory * GB
+    kind = train_args.device.split(":")[0]
+    try:
+        kind = device.set_device(train_args.device)
+        total = device.total_memory() if total is None else total
+    except DeviceError:
+        pass  # a plan for another machine
+    print(describe(read_config(model_args), *arguments, own.processes, kind, total))
+
+
+if __name__ == "__main__":
+    main()

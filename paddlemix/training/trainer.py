@@ -1,0 +1,519 @@
+"""The training loop, and what starts it.
+
+Not PaddleNLP's ``Trainer``: its loop averages losses over batches and processes, so that samples with short answers weigh
+more the fewer processes there are, and it resumes, logs and rotates checkpoints differently with one process than with
+many. Here a step is the mean over all labelled tokens of the global batch, however that is cut.
+"""
+
+import contextlib
+import math
+import os
+import signal
+import time
+
+import numpy as np
+import paddle
+
+from paddlemix import device
+from paddlemix.datasets.internvl2 import (
+    BadSampleLog,
+    BatchLoader,
+    Collator,
+    DataOptions,
+    InternVLDataset,
+    PackedBatches,
+    Packer,
+    SampleEncoder,
+    SampleOrder,
+    TrainBatchSampler,
+    measure,
+    sequential_batches,
+)
+from paddlemix.errors import ConfigError, TrainingError, UserError
+
+from .building import build_model, prepare, train_mode
+from .checkpoints import Checkpoints, read_optimizer, read_state, save_model
+from .log import TrainLog, peak_flops, training_flops
+from .optimizer import Optimizer
+from .plan import count_steps
+from .processes import Processes
+
+
+def learning_rate(step, total, args):
+    """Learning rate of a step, the first being 0: linear warm-up, then as ``lr_scheduler_type`` says.
+
+    Args:
+        step: steps done before.
+        total: steps of the run.
+        args: :class:`~.arguments.PreTrainingArguments`.
+    """
+    kind, peak = args.lr_scheduler_type, args.learning_rate
+    warmup = args.warmup_steps or math.ceil(args.warmup_ratio * total)
+    if kind == "constant":
+        return peak
+    if step < warmup:
+        return peak * step / warmup
+    progress = (step - warmup) / max(total - warmup, 1)
+    if kind == "constant_with_warmup":
+        return peak
+    if kind == "cosine":
+        return peak * max(0.0, 0.5 * (1 + math.cos(2 * math.pi * args.num_cycles * progress)))
+    if kind == "polynomial":
+        return args.lr_end + (peak - args.lr_end) * (1 - progress) ** args.power
+    return peak * (1 - progress)
+
+
+class BatchStats:
+    """What a batch amounts to.
+
+    Attributes:
+        weight: sum of the weights of its labels.
+        segments: tokens of each sample, int array.
+        labels: labelled tokens.
+        places: tokens with padding.
+        tiles: tiles, blank ones included.
+    """
+
+    def __init__(self, batch):
+        # As in the loss: the first token of a row is predicted from nothing.
+        labelled = batch["labels"][:, 1:] >= 0
+        self.labels = int(labelled.sum())
+        weights = batch.get("loss_weight")
+        self.weight = float(labelled.sum() if weights is None else weights[:, 1:][labelled].astype("float64").sum())
+        numbers = batch.get("segment_ids")
+        self.segments = (
+            batch["attention_mask"].sum(1)
+            if numbers is None
+            else np.concatenate([np.bincount(row)[1:] for row in numbers])  # number 0 is padding
+        )
+        self.places = batch["input_ids"].size
+        self.tiles = len(batch["pixel_values"]) if "pixel_values" in batch else 0
+
+
+# ---------------------------------------------------------------------- data
+
+
+class SampledBatches:
+    """Batches of one sample a row, in steps whose content does not depend on the number of processes."""
+
+    def __init__(self, sampler, loader):
+        self.sampler, self.loader = sampler, loader
+
+    def start(self, step, state):
+        """Batches from a step on."""
+        self.sampler.resume(step)
+        return iter(self.loader)
+
+    def state(self):
+        """What resuming needs beside the step."""
+        return {"global_batch": self.sampler.global_batch}
+
+    def check(self, state):
+        """Raise ConfigError where a run with ``state`` had other steps."""
+        if state["global_batch"] != self.sampler.global_batch:
+            raise ConfigError(
+                f"the checkpoint is of a run with {state['global_batch']} samples a step, not {self.sampler.global_batch}: "
+                "keep --per_device_train_batch_size times --gradient_accumulation_steps times processes as it was"
+            )
+
+
+class PackedRows:
+    """Batches of packed rows."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def start(self, step, state):
+        """Batches from where ``state`` was taken on."""
+        if state is not None:
+            self.batches.load_state_dict(state["packed"])
+        return iter(self.batches)
+
+    def state(self):
+        """The position in the data."""
+        return {"packed": self.batches.state_dict()}
+
+    def check(self, state):
+        """Raise ConfigError where ``state`` is not of packed rows."""
+        if "packed" not in state:
+            raise ConfigError("the checkpoint is of a run without --use_packed_ds: leave it out here too")
+
+
+def data_options(config, data_args, **changes):
+    """How records become samples of the model that ``config`` describes."""
+    options = DataOptions.from_config(
+        config,
+        max_seq_length=data_args.max_seq_length,
+        normalize_type=data_args.normalize_type,
+        min_num_frame=data_args.min_num_frame,
+        max_num_frame=data_args.max_num_frame,
+        **changes,
+    )
+    return options
+
+
+def training_data(model, tokenizer, data_args, args, processes):
+    """The training batches and the number of steps: (:class:`SampledBatches` or :class:`PackedRows`, int).
+
+    Raises:
+        UserError: data or arguments cannot be used.
+    """
+    changes = {}
+    if data_args.use_packed_ds:
+        if args.max_steps < 1:
+            raise ConfigError("--use_packed_ds needs --max_steps: how many rows the data make is not known before")
+        changes = dict(
+            max_seq_length=min(data_args.max_seq_length, data_args.max_packed_tokens), max_tiles=data_args.num_images_expected
+        )
+    options = data_options(model.config, data_args)
+    if changes:
+        options = type(options)(**{**vars(options), **changes})
+    dataset = InternVLDataset.from_meta(data_args.meta_path, SampleEncoder(tokenizer, data_args.conv_style, options), args.seed)
+    strict = data_args.use_packed_ds and data_args.strict_mode
+    collator = Collator(
+        pad_token_id=tokenizer.pad_token_id or 0,
+        loss_reduction=data_args.loss_reduction,
+        tiles_per_row=data_args.num_images_expected if strict else None,
+    )
+    order = SampleOrder(
+        dataset.source_sizes(), args.seed, resample=data_args.use_data_resampling, replacement=data_args.replacement
+    )
+    share = dict(rank=processes.rank, world=processes.world)
+    if data_args.use_packed_ds:
+        packer = Packer(
+            data_args.max_packed_tokens, data_args.num_images_expected, data_args.max_buffer_size, data_args.allow_overflow
+        )
+        batches = PackedBatches(
+            dataset, order, packer, collator, args.per_device_train_batch_size, **share, num_workers=args.dataloader_num_workers
+        )
+        return PackedRows(batches), args.max_steps
+    group, balance = args.group_by_length and args.per_device_train_batch_size > 1, processes.world > 1
+    tokens = tiles = None
+    if group or balance:
+        cache = os.path.join(args.output_dir, "lengths")
+        tokens, tiles = processes.first_then_others(lambda: measure(dataset, cache))
+    steps = count_steps(len(dataset), args, processes.world)
+    sampler = TrainBatchSampler(
+        order,
+        args.per_device_train_batch_size,
+        args.gradient_accumulation_steps,
+        **share,
+        tokens=tokens if group else None,
+        tiles=tiles if balance else None,
+        steps=steps,
+    )
+    return SampledBatches(sampler, BatchLoader(dataset, sampler, collator, args.dataloader_num_workers)), steps
+
+
+def validation_data(model, tokenizer, data_args, args, processes):
+    """This process's share of the held-out batches: a function that gives them anew, or None without --eval_meta_path."""
+    if data_args.eval_meta_path is None:
+        return None
+    options = data_options(model.config, data_args, sampling_method="middle")
+    encoder = SampleEncoder(tokenizer, data_args.conv_style, options)
+    dataset = InternVLDataset.from_meta(data_args.eval_meta_path, encoder, args.seed)
+    batches = sequential_batches(len(dataset), args.per_device_eval_batch_size, processes.rank, processes.world)
+    if args.max_evaluate_steps > 0:
+        batches = batches[: args.max_evaluate_steps]
+    loader = BatchLoader(dataset, batches, Collator(tokenizer.pad_token_id or 0), args.dataloader_num_workers)
+    return lambda: iter(loader)
+
+
+# ---------------------------------------------------------------------- the loop
+
+
+class Trainer:
+    """Trains a model that :func:`~.building.prepare` has set up.
+
+    Args:
+        model: :class:`InternVLChatModel`.
+        parameters: ``{name: parameter}`` of what learns.
+        args: :class:`~.arguments.PreTrainingArguments`.
+        processes: :class:`~.processes.Processes`.
+        total: steps of the whole run.
+        decays: see :class:`Optimizer`.
+
+    Attributes:
+        optimizer: the :class:`Optimizer`.
+    """
+
+    def __init__(self, model, parameters, args, processes, total, decays=None):
+        self.model, self.args, self.processes, self.total = model, args, processes, total
+        self.optimizer = Optimizer(parameters, args, decays)
+        self.half = None if device.is_cpu() else args.half
+
+    def _autocast(self):
+        if self.half is None or self.args.fp16_opt_level == "O2":  # O2: the weights' own dtype decides
+            return contextlib.nullcontext()
+        return paddle.amp.auto_cast(level="O1", dtype=self.half)
+
+    def _loss(self, batch):
+        with self._autocast():
+            return self.model(**{key: value for key, value in batch.items() if key not in ("names", "bad")}).loss
+
+    def step(self, number, batches):
+        """One update.
+
+        Args:
+            number: of the step; the first is 0.
+            batches: this process's share of it, as :class:`Collator` makes them.
+
+        Returns:
+            (loss: the weighted mean over all labels of all processes, gradient norm, learning rate).
+
+        Raises:
+            TrainingError: the loss or the gradients are not finite; nothing was updated.
+        """
+        # Dropout and stochastic depth are decided by the step, so that a resumed run goes on as the first would have.
+        paddle.seed((self.args.seed * 1_000_003 + number) * 4099 + self.processes.rank)
+        weights = [BatchStats(batch).weight for batch in batches]
+        (total,) = self.processes.sum([sum(weights)])
+        losses = []
+        for batch, weight in zip(batches, weights):
+            loss = self._loss(batch) * (weight / total)
+            (loss * self.optimizer.loss_scale).backward()
+            self.optimizer.accumulate()
+            losses.append(loss.detach())
+        losses = [float(loss) for loss in losses]
+        (loss,) = self.processes.sum([sum(losses)])
+        if not math.isfinite(loss):
+            bad = [name for batch, value in zip(batches, losses) if not math.isfinite(value) for name in batch["names"]]
+            self._fail(number, f"loss is {loss}", bad)
+        rate = learning_rate(number, self.total, self.args)
+        scale = self.optimizer.loss_scale
+        norm = self.optimizer.step(rate)
+        if not math.isfinite(norm) and scale == 1.0:
+            self._fail(number, "gradients are not finite", [name for batch in batches for name in batch["names"]])
+        return loss, norm, rate
+
+    def _fail(self, number, what, names):
+        self.optimizer.clear()
+        names = sum(self.processes.gather(names), [])
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise TrainingError(
+            f"step {number + 1}: the {what}; its samples are {shown or 'of all processes'}: check them or the --learning_rate"
+        )
+
+    @paddle.no_grad()
+    def evaluate(self, batches):
+        """Mean loss over all labels of ``batches`` and of those of the other processes."""
+        self.model.eval()
+        loss = weight = 0.0
+        for batch in batches:
+            own = BatchStats(batch).weight
+            loss, weight = loss + float(self._loss(batch)) * own, weight + own
+        train_mode(self.model)
+        loss, weight = self.processes.sum([loss, weight])
+        return loss / max(weight, 1.0)
+
+
+def _due(strategy, every, done, total, epoch_ends):
+    """Whether a thing with ``strategy`` is due after ``done`` steps."""
+    return (strategy == "steps" and done % every == 0) or (strategy == "epoch" and (epoch_ends(done) or done == total))
+
+
+def finetune(model_args, data_args, args):
+    """A whole run: build, resume, train, save.
+
+    Args:
+        model_args, data_args, args: from :func:`~.arguments.parse`.
+
+    Raises:
+        UserError: something that was given cannot be used; the sentence says what.
+        SystemExit: with 143, after SIGTERM and a checkpoint.
+    """
+    if data_args.meta_path is None and args.do_train:
+        raise ConfigError("--meta_path is missing: name the JSON file that lists your data sets")
+    if data_args.use_packed_ds and "epoch" in (args.save_strategy, args.evaluation_strategy):
+        raise ConfigError("--use_packed_ds has no common epochs: use steps for --save_strategy and evaluation")
+    device.set_device(args.device)
+    processes = Processes()
+    checkpoints = Checkpoints(args.output_dir, processes, args.save_total_limit)
+    checkpoints.start(args.overwrite_output_dir)
+    resumed = args.resume_from_checkpoint or checkpoints.last()
+    half = None if device.is_cpu() else args.half
+    dtype = half if half and args.fp16_opt_level == "O2" else "float32"
+    paddle.seed(args.seed)  # new weights are alike in all processes
+    model, tokenizer, source = build_model(model_args, data_args, dtype, resumed)
+    parameters = prepare(model, model_args, args.recompute or model_args.grad_checkpoint)
+
+    data, total = training_data(model, tokenizer, data_args, args, processes) if args.do_train else (None, 0)
+    validation = validation_data(model, tokenizer, data_args, args, processes)
+    trainer = Trainer(model, parameters, args, processes, total)
+    done, state = 0, None
+    if resumed and args.do_train and not args.ignore_load_lr_and_optim:
+        done, states = read_state(resumed)
+        data.check(states[0])
+        state = states[processes.rank] if processes.rank < len(states) else states[0]
+        read_optimizer(resumed, trainer.optimizer)
+
+    log = TrainLog(args, total, done, processes.is_first)
+    log.say(_summary(model, trainer, total, processes, dtype, half))
+    if resumed:
+        log.say(f"going on from {resumed} after {done} steps")
+    try:
+        with _Sigterm() as interrupted:
+            run = _Run(trainer, data, validation, checkpoints, log, (tokenizer, source))
+            if args.do_train:
+                run.train(done, state, interrupted)
+            elif args.do_eval and validation:
+                run.evaluate(done)
+    finally:
+        log.close()
+    if args.do_train and processes.is_first:
+        save_model(model, tokenizer, args.output_dir, source)
+    processes.wait()
+
+
+class _Sigterm:
+    """Takes note of SIGTERM while it is entered: calling it tells whether one came."""
+
+    def __enter__(self):
+        self._came = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_):
+        self._came = True
+
+    def __call__(self):
+        return self._came
+
+
+class _Run:
+    """The steps of a run and what is due between them."""
+
+    def __init__(self, trainer, data, validation, checkpoints, log, origin):
+        self.trainer, self.data, self.validation = trainer, data, validation
+        self.checkpoints, self.log, self.origin = checkpoints, log, origin
+        self.args, self.processes = trainer.args, trainer.processes
+        bad = os.path.join(self.args.output_dir, "bad_samples.jsonl")
+        self.bad_samples = BadSampleLog(bad)
+        self._peak = peak_flops(trainer.half or "float32")
+        self._reset()
+
+    def train(self, done, state, interrupted):
+        """Steps ``done`` to the last; ``interrupted`` is asked after each whether to stop."""
+        args, total, epoch_ends = self.args, self.trainer.total, self._epoch_ends()
+        batches = self.data.start(done, state)
+        saved = done
+        while done < total:
+            began = time.perf_counter()
+            work = self._load(batches)
+            loaded = time.perf_counter()
+            loss, norm, rate = self.trainer.step(done, work)
+            done += 1
+            self._note(work, loss, loaded - began, time.perf_counter() - began)
+            self.log.step(loss)
+            if done % args.logging_steps == 0 or done == total or (done == 1 and args.logging_first_step):
+                self._write(done, norm, rate)
+            if _due(args.evaluation_strategy, args.eval_steps, done, total, epoch_ends):
+                self.evaluate(done)
+            (stop,) = self.processes.sum([interrupted()])
+            if stop or _due(args.save_strategy, args.save_steps, done, total, epoch_ends):
+                self._save(done)
+                saved = done
+            if stop and done < total:
+                self.log.say(f"interrupted after {done} steps; checkpoint-{saved} is complete: the same command goes on")
+                raise SystemExit(143)
+        if args.do_eval and args.evaluation_strategy == "no":
+            self.evaluate(done)
+
+    def _epoch_ends(self):
+        if isinstance(self.data, PackedRows):
+            return lambda done: False
+        an_epoch = self.data.sampler.steps_per_epoch
+        return lambda done: done % an_epoch == 0
+
+    def _load(self, batches):
+        """The batches of a step; where one process cannot have them, all stop."""
+        work, error = [], None
+        try:
+            while len(work) < self.args.gradient_accumulation_steps:
+                work.append(self.bad_samples.take(next(batches)))
+        except UserError as caught:
+            error = caught
+        (errors,) = self.processes.sum([error is not None])
+        if error:
+            raise error
+        if errors:
+            raise TrainingError("another process cannot go on with its data: see its log")
+        return work
+
+    def _reset(self):
+        self._noted, self._since = [], time.perf_counter()
+
+    def _note(self, work, loss, data_time, step_time):
+        stats = [BatchStats(batch) for batch in work]
+        flops = sum(training_flops(self.trainer.model, s.segments, s.labels, s.tiles) for s in stats)
+        sums = [
+            sum(int(s.segments.sum()) for s in stats),
+            sum(s.places for s in stats),
+            sum(len(s.segments) for s in stats),
+            sum(s.tiles for s in stats),
+            flops,
+            data_time,
+            step_time,
+        ]
+        self._noted.append((loss, sums))
+
+    def _write(self, done, norm, rate):
+        """One line about the steps since the last."""
+        steps, elapsed = len(self._noted), time.perf_counter() - self._since
+        losses = [loss for loss, _ in self._noted]
+        local = np.sum([sums for _, sums in self._noted], axis=0)
+        tokens, places, samples, tiles, flops, data_time, step_time = self.processes.sum(local)
+        world = self.processes.world
+        values = {
+            "loss": sum(losses) / steps,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "tokens_per_second": tokens / elapsed,
+            "samples_per_second": samples / elapsed,
+            "tiles_per_step": tiles / steps,
+            "mfu": flops / world / elapsed / self._peak,
+            "step_time": step_time / world / steps,
+            "data_time": data_time / world / steps,
+            "memory_gb": device.peak_memory() / 1e9,
+            "padding": 1 - tokens / places,
+            "bad_samples": self.bad_samples.bad,
+        }
+        if self.args.fp16:
+            values["loss_scale"] = self.trainer.optimizer.loss_scale
+        if not isinstance(self.data, PackedRows):
+            values["epoch"] = done / self.data.sampler.steps_per_epoch
+        self.log.write(done, values)
+        self._reset()
+
+    def evaluate(self, done):
+        """Write the validation loss."""
+        if self.validation is None:
+            raise ConfigError("--eval_meta_path is missing: name the held-out data for the validation loss")
+        loss = self.trainer.evaluate(map(self.bad_samples.take, self.validation()))
+        self.log.write(done, {"eval_loss": loss})
+        self.log.say(f"step {done}: validation loss {loss:.4f}")
+        self._reset()
+
+    def _save(self, done):
+        tokenizer, source = self.origin
+        optimizer = self.trainer.optimizer
+        arrays = optimizer.state() if optimizer.stage or self.processes.is_first else None
+        write = lambda directory: save_model(self.trainer.model, tokenizer, directory, source)  # noqa: E731
+        self.checkpoints.save(done, write, arrays, self.data.state())
+        self._reset()
+
+
+def _summary(model, trainer, total, processes, dtype, half):
+    sizes = [(p.size, p.stop_gradient) for p in model.parameters()]
+    learned = sum(size for size, frozen in sizes if not frozen)
+    args = trainer.args
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world
+    computed = "" if half is None or dtype == half else f", products in {half}"
+    note = " (Paddle trains in nothing else on CPU)" if args.half and half is None else ""
+    return (
+        f"{learned / 1e6:,.1f} of {sum(size for size, _ in sizes) / 1e6:,.1f} million parameters learn; {total} steps of "
+        f"{batch} rows on {processes.world} x {device.current()}; weights in {dtype}{computed}{note}"
+    )
