@@ -75,7 +75,7 @@ class DataTrainingArguments:
     num_images_expected: int = _arg(40, "with --use_packed_ds: most tiles of a row")
     max_packed_tokens: int = _arg(8192, "with --use_packed_ds: most tokens of a row")
     max_buffer_size: int = _arg(20, "with --use_packed_ds: rows that are filled at a time")
-    log_freq: int = _arg(1000, "with --use_packed_ds: rows between two reports of how full they are")
+    log_freq: int = _arg(1000, "without effect: every line of the log says how much is padding")
     strict_mode: bool = _arg(True, "with --use_packed_ds: fill every row up to num_images_expected with blank tiles")
     replacement: bool = _arg(False, "with --use_packed_ds: start data sets again when they end before others")
     allow_overflow: bool = _arg(False, "with --use_packed_ds: cut a row that is too long instead of keeping samples whole")
@@ -244,8 +244,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _add(group, item):
     kinds = [kind for kind in typing.get_args(item.type) or (item.type,) if kind is not type(None)]
-    options = {"bool": _boolean}
-    kind = options.get(kinds[0].__name__, kinds[0])
+    kind = _boolean if kinds[0] is bool else kinds[0]
     shown = item.metadata["help"] + ("" if item.default is None else f" (default: {item.default!r})")
     options = dict(nargs="?", const=True) if kind is _boolean else {}
     choices = item.metadata.get("choices")
@@ -258,7 +257,7 @@ def _none_or(kind):
     def read(text):
         return None if text == "None" else kind(text)
 
-    read.__name__ = kind.__name__
+    read.__name__ = kind.__name__.strip("_")  # argparse's word for it
     return read
 
 
@@ -271,18 +270,23 @@ def _boolean(text):
 
 
 def _read_file(path):
+    is_json = path.endswith(".json")
     try:
         with open(path, encoding="utf-8") as file:
-            if path.endswith(".json"):
-                values = json.load(file)
-            else:
-                import yaml  # only who writes YAML needs it
-
-                values = yaml.safe_load(file)
+            values = json.load(file) if is_json else _read_yaml(file)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except Exception as error:  # whatever the YAML library calls a mistake in the file
-        raise ConfigError(f"{path} is not valid {'JSON' if path.endswith('.json') else 'YAML'}: {error}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid {'JSON' if is_json else 'YAML'}: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold names and values of arguments")
     return values
+
+
+def _read_yaml(file):
+    import yaml  # only who writes YAML needs it
+
+    try:
+        return yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None

@@ -1,6 +1,7 @@
 """The model that is trained: loaded or put together, with the parts frozen that shall not learn."""
 
 import json
+import logging
 import os
 
 from paddlemix.errors import CheckpointError, ConfigError
@@ -11,6 +12,8 @@ from paddlemix.models.internvl2.lora import wrap_backbone_lora, wrap_llm_lora
 from paddlemix.models.internvl2.weight_files import convert_dtype, find_weight_files, name_some, open_weight_file
 
 from .plan import learns
+
+_log = logging.getLogger(__name__)
 
 # What pictures, and places in them, need of a tokenizer.
 NEW_TOKENS = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
@@ -44,7 +47,14 @@ def build_model(model_args, data_args, dtype, checkpoint=None):
                 f"the tokenizer in {directory} lacks {new} tokens that chat models have ({', '.join(NEW_TOKENS)}): "
                 "start from a language model with --vision_path and --llm_path instead"
             )
+    template = model.config.template
     _configure(model.config, model_args, data_args)
+    if template not in (None, data_args.conv_style):
+        _log.warning(
+            "--conv_style is %s, but the model was trained with %s: unless you know why, use that",
+            data_args.conv_style,
+            template,
+        )
     model.set_tokenizer(tokenizer)
     return model, tokenizer, directory
 

@@ -90,9 +90,10 @@ class TrainLog:
             self._bar.update()
 
     def write(self, step, values):
-        """One line of the log, and a point of every curve."""
+        """One line of the log, and a point of every curve, without what is not a number: the norm after an overflow."""
         if not self.active:
             return
+        values = {name: value for name, value in values.items() if np.isfinite(value)}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **{k: _rounded(v) for k, v in values.items()}}) + "\n")
         for name, value in values.items() if self._writer else ():

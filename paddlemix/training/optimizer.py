@@ -68,9 +68,12 @@ class Optimizer:
             self._reduce()
         if self.stage == 2 or self._float_sums:
             for name, p in self.parameters.items():
-                if name in self.owned and p.grad is not None:
-                    gradient = _as_float(p.grad)
-                    self._sums[name] = self._sums[name] + gradient if name in self._sums else gradient
+                if p.grad is not None and (self.stage < 2 or name in self.owned):
+                    if name in self._sums:
+                        self._sums[name].add_(_as_float(p.grad))
+                    else:
+                        # A copy in any case: whatever shares memory with p.grad loses it below.
+                        self._sums[name] = p.grad.astype("float32") if p.grad.dtype != paddle.float32 else p.grad.clone()
                 p.grad = None
 
     def _gradient(self, name):

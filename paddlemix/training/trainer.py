@@ -141,15 +141,8 @@ class PackedRows:
 
 def data_options(config, data_args, **changes):
     """How records become samples of the model that ``config`` describes."""
-    options = DataOptions.from_config(
-        config,
-        max_seq_length=data_args.max_seq_length,
-        normalize_type=data_args.normalize_type,
-        min_num_frame=data_args.min_num_frame,
-        max_num_frame=data_args.max_num_frame,
-        **changes,
-    )
-    return options
+    names = "max_seq_length normalize_type min_num_frame max_num_frame".split()
+    return DataOptions.from_config(config, **{**{name: getattr(data_args, name) for name in names}, **changes})
 
 
 def training_data(model, tokenizer, data_args, args, processes):
@@ -165,9 +158,7 @@ def training_data(model, tokenizer, data_args, args, processes):
         changes = dict(
             max_seq_length=min(data_args.max_seq_length, data_args.max_packed_tokens), max_tiles=data_args.num_images_expected
         )
-    options = data_options(model.config, data_args)
-    if changes:
-        options = type(options)(**{**vars(options), **changes})
+    options = data_options(model.config, data_args, **changes)
     dataset = InternVLDataset.from_meta(data_args.meta_path, SampleEncoder(tokenizer, data_args.conv_style, options), args.seed)
     strict = data_args.use_packed_ds and data_args.strict_mode
     collator = Collator(
@@ -353,7 +344,8 @@ def finetune(model_args, data_args, args):
         log.say(f"going on from {resumed} after {done} steps")
     try:
         with _Sigterm() as interrupted:
-            run = _Run(trainer, data, validation, checkpoints, log, (tokenizer, source))
+            bad_samples = BadSampleLog(os.path.join(args.output_dir, "bad_samples.jsonl"), data_args.max_bad_samples)
+            run = _Run(trainer, data, validation, checkpoints, log, (tokenizer, source), bad_samples)
             if args.do_train:
                 run.train(done, state, interrupted)
             elif args.do_eval and validation:
@@ -371,6 +363,7 @@ class _Sigterm:
     def __enter__(self):
         self._came = False
         self._before = signal.signal(signal.SIGTERM, self._note)
+        signal.siginterrupt(signal.SIGTERM, False)  # a launcher's second one must not break off what saving waits for
         return self
 
     def __exit__(self, *_):
@@ -386,12 +379,11 @@ class _Sigterm:
 class _Run:
     """The steps of a run and what is due between them."""
 
-    def __init__(self, trainer, data, validation, checkpoints, log, origin):
+    def __init__(self, trainer, data, validation, checkpoints, log, origin, bad_samples):
         self.trainer, self.data, self.validation = trainer, data, validation
         self.checkpoints, self.log, self.origin = checkpoints, log, origin
         self.args, self.processes = trainer.args, trainer.processes
-        bad = os.path.join(self.args.output_dir, "bad_samples.jsonl")
-        self.bad_samples = BadSampleLog(bad)
+        self.bad_samples = bad_samples
         self._peak = peak_flops(trainer.half or "float32")
         self._reset()
 
@@ -501,7 +493,10 @@ class _Run:
         tokenizer, source = self.origin
         optimizer = self.trainer.optimizer
         arrays = optimizer.state() if optimizer.stage or self.processes.is_first else None
-        write = lambda directory: save_model(self.trainer.model, tokenizer, directory, source)  # noqa: E731
+
+        def write(directory):
+            save_model(self.trainer.model, tokenizer, directory, source)
+
         self.checkpoints.save(done, write, arrays, self.data.state())
         self._reset()
 

@@ -77,6 +77,7 @@ def test_a_run_learns_and_leaves_a_whole_model(tmp_path):
 
 MODES = {
     "plain": [],
+    "workers": ["--dataloader_num_workers", "2"],
     "lora": "--use_llm_lora 2 --freeze_llm True --freeze_mlp True".split(),
     "packed": "--use_packed_ds True --max_packed_tokens 256 --max_seq_length 256 --num_images_expected 6 --max_buffer_size 2 "
     "--per_device_train_batch_size 1".split(),
@@ -313,3 +314,15 @@ def test_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
     with pytest.raises(TrainingError, match=r"step 3: the loss is nan; its samples are .*set\.jsonl:\d"):
         run(tmp_path)
     assert list(losses(tmp_path)) == [1, 2]
+
+
+def test_a_template_that_is_not_the_models_is_warned_of(tmp_path, caplog):
+    run(tmp_path, "--max_steps", "1", "--conv_style", "internvl2_5")
+    assert "--conv_style is internvl2_5, but the model was trained with Hermes-2" in caplog.text
+
+
+def test_what_share_may_be_bad_is_an_argument(tmp_path):
+    broken = [*RECORDS, *({"image": "gone.png", "conversations": talk("<image>\nWhat?")},) * 12]
+    run(tmp_path, "--max_bad_samples", "0.9", records=broken)
+    rows = read_log(str(tmp_path / "out" / "train_log.jsonl"))
+    assert len(losses(tmp_path)) == 6 and rows[-1]["bad_samples"] > 5

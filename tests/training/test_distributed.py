@@ -1,0 +1,196 @@
+"""Two processes on CPU (gloo, loopback) against one with the same global batch."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from paddlemix.models.internvl2 import InternVLChatModel
+from paddlemix.training.log import read_log
+from tests.datasets.internvl2.helpers import write_meta
+from tests.training.helpers import RECORDS, flags, run
+from tests.training.test_finetune import SCRIPT, losses
+
+pytestmark = pytest.mark.slow
+
+
+def start(folder, *more, script=SCRIPT, **options):
+    """Start two processes of the trainer with :func:`flags`, or of another script, through the launcher."""
+    log_dir = folder / "logs"
+    shutil.rmtree(log_dir, ignore_errors=True)  # the launcher appends
+    launcher = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(log_dir)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [*launcher, script, *(flags(folder, *more, **options) if script == SCRIPT else ())]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run_two(folder, *more, status=0, **options):
+    """Run two processes to their end; returns what both said."""
+    process = start(folder, *more, **options)
+    output, _ = process.communicate(timeout=120)
+    said = output + "".join(path.read_text() for path in sorted((folder / "logs").glob("workerlog.*")))
+    assert process.returncode == status, said
+    return said
+
+
+def weights(folder, name):
+    model = InternVLChatModel.from_pretrained(str(folder / name), dtype="float32")
+    return {key: value.numpy() for key, value in model.state_dict().items()}
+
+
+def assert_same_run(folder, tolerance=1e-5):
+    one, two = losses(folder, "one"), losses(folder, "two")
+    assert one.keys() == two.keys() and len(one) == 6
+    assert list(two.values()) == pytest.approx(list(one.values()), rel=tolerance)
+    first, second = weights(folder, "one"), weights(folder, "two")
+    for name, value in first.items():
+        assert np.abs(value - second[name]).max() < 1e-4, name
+
+
+@pytest.mark.parametrize("sharding", ["", "stage1", "stage2"])
+def test_two_processes_are_one_with_the_same_global_batch(tmp_path, sharding):
+    """Samples of different lengths, with and without pictures, so that the processes never have as many labels."""
+    heldout = str(write_meta(tmp_path, RECORDS[:5], "heldout"))
+    common = ("--weight_decay", "0.05", "--loss_reduction", "square" if sharding == "stage1" else "token")
+    common = (*common, "--do_eval", "--eval_meta_path", heldout, "--per_device_eval_batch_size", "2")
+    run(tmp_path, *common, "--gradient_accumulation_steps", "4", output="one")
+    run_two(tmp_path, *common, "--gradient_accumulation_steps", "2", "--sharding", sharding, output="two")
+    assert_same_run(tmp_path)
+    one, two = (read_log(str(tmp_path / name / "train_log.jsonl"))[-1]["eval_loss"] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_checkpoints_of_two_processes_go_on_in_two_and_in_one(tmp_path):
+    """Sharded states do not depend on the number of processes."""
+    common = ("--save_strategy", "steps", "--save_steps", "3", "--weight_decay", "0.05")
+    two = (*common, "--sharding", "stage1")
+    run(tmp_path, *common, "--gradient_accumulation_steps", "2", output="one")
+    run_two(tmp_path, *two, output="two")
+    assert_same_run(tmp_path)
+    whole, states = losses(tmp_path, "two"), sorted((tmp_path / "two" / "checkpoint-3").glob("optimizer-*"))
+    assert [path.name for path in states] == ["optimizer-0.safetensors", "optimizer-1.safetensors"]
+
+    shutil.rmtree(tmp_path / "two" / "checkpoint-6")
+    run_two(tmp_path, *two, output="two")
+    assert losses(tmp_path, "two") == whole
+    shutil.rmtree(tmp_path / "two" / "checkpoint-6")
+    run(tmp_path, *common, "--gradient_accumulation_steps", "2", output="two")
+    assert_same_run(tmp_path)
+
+
+def test_packed_rows_of_two_processes_go_on_exactly(tmp_path):
+    """With random depth and adapters' dropout too."""
+    settings = "--use_packed_ds True --max_packed_tokens 200 --max_seq_length 200 --num_images_expected 6 --max_buffer_size 2"
+    settings += " --use_llm_lora 2 --per_device_train_batch_size 1 --save_strategy steps --save_steps 2 --sharding stage2"
+    run_two(tmp_path, *settings.split(), output="two")
+    whole = losses(tmp_path, "two")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "two" / f"checkpoint-{step}")
+    run_two(tmp_path, *settings.split(), output="two")
+    assert losses(tmp_path, "two") == whole and len(whole) == 6
+
+
+def test_sigterm_to_the_launcher_saves_in_both(tmp_path):
+    process = start(tmp_path, "--max_steps", "2000", "--sharding", "stage1", output="two")
+    path = tmp_path / "two" / "train_log.jsonl"
+    deadline = time.monotonic() + 60
+    while len(read_log(str(path))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    (checkpoint,) = (tmp_path / "two").glob("checkpoint-*")
+    assert len(list(checkpoint.glob("optimizer-*"))) == 2
+    assert checkpoint.name == f"checkpoint-{read_log(str(path))[-1]['step']}"
+
+
+def test_a_bad_loss_in_one_process_ends_both_with_the_names(tmp_path):
+    """Labels beyond all pictures are fine in one process, and make the other's loss infinite."""
+    program = f"""
+import numpy as np
+from paddlemix.training import trainer
+from paddlemix.training.arguments import parse
+from paddlemix.errors import user_errors_exit
+step = trainer.Trainer.step
+def poisoned(self, number, batches):
+    if number == 1 and self.processes.rank == 1:
+        batches[0]["pixel_values"] = np.full([1, 3, 112, 112], np.nan, "float32")
+        batches[0]["image_flags"] = np.zeros(1, "int64")
+        batches[0]["input_ids"][batches[0]["input_ids"] == self.model.img_context_token_id] = 5
+        batches[0]["names"] = ["data.jsonl:99"]
+    return step(self, number, batches)
+trainer.Trainer.step = poisoned
+user_errors_exit(lambda: trainer.finetune(*parse({flags(tmp_path, output="two")!r})))()
+"""
+    script = tmp_path / "run.py"
+    script.write_text(program)
+    said = run_two(tmp_path, script=str(script), status=1)
+    assert said.count("error: step 2: the loss is nan; its samples are data.jsonl:99") >= 2
+    assert [row["step"] for row in read_log(str(tmp_path / "two" / "train_log.jsonl"))] == [1]
+
+
+TOY = """
+import itertools
+import numpy as np, paddle
+import paddle.distributed as dist
+from paddlemix.training.arguments import PreTrainingArguments
+from paddlemix.training.optimizer import Optimizer
+from paddlemix.training.processes import Processes
+
+processes = Processes()
+assert list(processes.sum([processes.rank + 1, 2**24 + 1])) == [3, 2**25 + 2]
+assert processes.gather(["a", "b"][processes.rank]) == ["a", "b"]
+
+def make(dtype):
+    paddle.seed(0)
+    layer = paddle.nn.Sequential(paddle.nn.Linear(6, 5), paddle.nn.Linear(5, 7), paddle.nn.Linear(7, 3))
+    layer.to(dtype=dtype)
+    return layer
+
+def add_gradients(layer, step, rank):
+    for i, p in enumerate(layer.parameters()):
+        if rank == 1 and i == 2:
+            continue  # a parameter that only one process reaches
+        values = np.random.default_rng([step, rank, i]).normal(size=p.shape).astype("float32")
+        (p * paddle.to_tensor(values).astype(p.dtype)).sum().backward()
+
+for stage, dtype, master_grad in itertools.product(["", "stage1", "stage2"], ["float32", "bfloat16"], [False, True]):
+    args = dict(output_dir="x", weight_decay=0.1, max_grad_norm=1.0, amp_master_grad=master_grad)
+    ours, alone = make(dtype), make("float32")
+    for p, q in zip(ours.parameters(), alone.parameters()):
+        q.set_value(p.astype("float32"))
+    optimizer = Optimizer(dict(ours.named_parameters()), PreTrainingArguments(**args, sharding=stage))
+    reference = Optimizer(dict(alone.named_parameters()), PreTrainingArguments(**args))
+    reference.world = 1  # this process computes both shares itself
+    for step in range(4):
+        for batch in range(2):
+            add_gradients(ours, 10 * step + batch, processes.rank)
+            optimizer.accumulate()
+            for rank in range(2):
+                add_gradients(alone, 10 * step + batch, rank)
+            reference.accumulate()
+        norms = optimizer.step(0.01), reference.step(0.01)
+        assert abs(norms[0] / norms[1] - 1) < (1e-5 if dtype == "float32" else 2e-2), norms
+    moved = 0
+    for (name, p), q in zip(ours.named_parameters(), alone.parameters()):
+        difference = float((p.astype("float32") - q).abs().max())
+        assert difference < (1e-6 if dtype == "float32" else 2e-2), (stage, dtype, name, difference)
+    values = processes.gather(np.concatenate([p.astype("float32").numpy().ravel() for p in ours.parameters()]))
+    assert np.array_equal(*values)
+    kept = sum(array.size for name, array in optimizer.state().items() if "moment1" in name)
+    whole = sum(p.size for p in ours.parameters())
+    assert kept == whole if not stage else kept < 0.7 * whole
+print("all agree")
+"""
+
+
+def test_the_optimiser_in_two_processes_is_that_of_one(tmp_path):
+    """All stages, float32 and bfloat16 weights, with and without float32 sums."""
+    script = tmp_path / "toy.py"
+    script.write_text(TOY)
+    assert run_two(tmp_path, script=str(script)).count("all agree") >= 2
