@@ -1,0 +1,124 @@
+"""Ask a checkpoint about held-out scenes, each question alone, and print how many of the answers are exactly right.
+
+  python -m paddlemix.examples.internvl2.demo_model.evaluate MODEL META.json [META.json ...]
+
+takes meta files that :mod:`.data` wrote. A box is right where it covers the true one with an IoU of 0.5 or more.
+"""
+
+import argparse
+import collections
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from paddlemix.errors import user_errors_exit
+
+BATCH = 32  # questions that are asked at once
+
+
+def read_questions(meta_path):
+    """The questions of a meta file of one part: list of (task, question with its picture marks, answer, paths)."""
+    (entry,) = json.loads(Path(meta_path).read_text(encoding="utf-8")).values()
+    questions = []
+    for line in Path(entry["annotation"]).read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        texts = [turn["value"] for turn in record["conversations"]]
+        paths = [os.path.join(entry["root"], name) for name in record["image"]]
+        for task, question, answer in zip(record["tasks"], texts[::2], texts[1::2]):
+            questions.append((task, record["prefix"] + question.removeprefix(record["prefix"]), answer, paths))
+    return questions
+
+
+def is_right(task, answer, truth):
+    """Whether ``answer`` counts as right where ``truth`` is the answer of the data."""
+    if task != "box":
+        return answer == truth
+    (wanted,), found = _boxes(truth), _boxes(answer)
+    return len(found) == 1 and _overlap(found[0], wanted) >= 0.5
+
+
+def _boxes(text):
+    from paddlemix.processors.internvl2.boxes import parse_boxes
+
+    return [(box.x1, box.y1, box.x2, box.y2) for box in parse_boxes(text, 1000, 1000)]
+
+
+def _overlap(a, b):
+    """Intersection over union of two boxes (x1, y1, x2, y2)."""
+    sides = [max(0, min(a[i + 2], b[i + 2]) - max(a[i], b[i])) for i in (0, 1)]
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    both = sides[0] * sides[1]
+    return both / max(sum(areas) - both, 1e-9)
+
+
+def evaluate(directory, meta_paths, limit=None):
+    """Accuracy of the model in ``directory`` on each part.
+
+    Args:
+        directory: a checkpoint.
+        meta_paths: meta files of :mod:`.data`.
+        limit: ask only so many questions of each part.
+
+    Returns:
+        For each meta file a dictionary ``{task: (right, asked)}``, and a list of wrong answers (task, question, answer, truth).
+    """
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    from paddlemix import device
+    from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
+    from paddlemix.processors.internvl2.image import load_image
+
+    device.set_device("cpu")
+    model, tokenizer = InternVLChatModel.from_pretrained(directory), load_tokenizer(directory)
+    tables, wrong = [], []
+    for meta_path in meta_paths:
+        # Answers of similar length together: a batch goes on until its last one ends.
+        questions = sorted(read_questions(meta_path)[:limit], key=lambda q: (len(q[3]), q[0], q[1]))
+        table = collections.defaultdict(lambda: [0, 0])
+        for start in tqdm(range(0, len(questions), BATCH), desc=Path(meta_path).stem, unit="batch", disable=None):
+            batch = questions[start : start + BATCH]
+            pixels = np.concatenate([load_image(path, model.config.image_size, max_num=1) for q in batch for path in q[3]])
+            counts = [[1] * len(q[3]) for q in batch]
+            answers = model.batch_chat(
+                tokenizer, pixels, [q[1] for q in batch], dict(max_new_tokens=96), num_patches_list=counts
+            )
+            for (task, question, truth, _), answer in zip(batch, answers):
+                right = is_right(task, answer, truth)
+                table[task][0] += right
+                table[task][1] += 1
+                if not right:
+                    wrong.append((task, question, answer, truth))
+        tables.append({task: tuple(table[task]) for task in sorted(table)})
+    return tables, wrong
+
+
+def format_table(names, tables):
+    """The accuracies as a Markdown table, one column for each part, ``overall`` last."""
+    tables = [{**table, "overall": tuple(map(sum, zip(*table.values())))} for table in tables]
+    tasks = sorted({task for table in tables for task in table} - {"overall"}) + ["overall"]
+    rows = ["| task | " + " | ".join(names) + " |", "|---" + "|---:" * len(names) + "|"]
+    for task in tasks:
+        cells = [f"{table[task][0] / table[task][1]:.1%} of {table[task][1]}" if task in table else "" for table in tables]
+        rows.append(f"| {task} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+@user_errors_exit
+def main():
+    """Parse the command line, ask and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a checkpoint directory")
+    parser.add_argument("meta", nargs="+", help="meta files of the parts to ask about")
+    parser.add_argument("--limit", type=int, default=None, help="ask only so many questions of each part")
+    parser.add_argument("--wrong", type=int, default=0, help="also print so many of the wrong answers")
+    args = parser.parse_args()
+    tables, wrong = evaluate(args.model, args.meta, args.limit)
+    print(format_table([Path(path).stem for path in args.meta], tables))
+    for task, question, answer, truth in wrong[:: max(1, len(wrong) // max(args.wrong, 1))][: args.wrong]:
+        print(f"{task}: {question.splitlines()[-1]} | {answer!r} instead of {truth!r}")
+
+
+if __name__ == "__main__":
+    main()

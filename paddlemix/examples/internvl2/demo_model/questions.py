@@ -1,0 +1,176 @@
+"""What can be asked about a scene, and the right answer: one function for each kind of scene.
+
+Each draws a scene with the random generator that it is given and returns ``(pictures, prefix, turns)``: PIL images, the text
+that marks their places in the first question, and a list of :class:`Turn` in random order.
+"""
+
+from dataclasses import dataclass
+
+from paddlemix.models.internvl2.conversation import IMAGE_PLACEHOLDER
+
+from . import scenes
+from .scenes import COLORS, SHAPES
+
+MOST_TURNS = 5  # of a conversation: more would make it long, fewer would waste its picture
+
+_CHINESE = {
+    **dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色", "紫色", "黑色"))),
+    **dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形"))),
+    **dict(zip(scenes.DIRECTIONS, ("上", "下", "左", "右"))),
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question and its answer; ``task`` is the row of the accuracy table that it counts in."""
+
+    task: str
+    question: str
+    answer: str
+
+
+def shapes(rng, kinds=scenes.SEEN, least=1, most=4):
+    """Between ``least`` and ``most`` coloured shapes of ``kinds``, pairs (color, shape)."""
+    chosen = [rng.choice(kinds) for _ in range(rng.randint(least, most))]
+    if rng.random() < 0.4:  # more of the same shape, for something to count
+        repeated = [kind for kind in kinds if kind[1] == chosen[0][1]]
+        chosen = [rng.choice(repeated) if i and rng.random() < 0.7 else kind for i, kind in enumerate(chosen)]
+    items = scenes.arrange(chosen, rng)
+    turns = [_count_all(items), _count(items, rng), _exists(items, kinds, rng)]
+    by_color, by_shape, by_name = (
+        _single(items, lambda item, key=key: getattr(item, key)) for key in ("color", "shape", "name")
+    )
+    if by_shape:
+        turns.append(_color(rng.choice(by_shape), rng))
+    if by_color:
+        turns.append(_shape(rng.choice(by_color), rng))
+    if by_name:
+        turns.append(_place(rng.choice(by_name)))
+        turns.append(_box(rng.choice(by_name)))
+    # The description would give all other answers away: it comes last, or alone.
+    described = [_describe(items)]
+    turns = described if rng.random() < 0.2 else _shuffled(turns, rng)[: MOST_TURNS - 1] + described
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", turns
+
+
+def reading(rng):
+    """A word, or a number of up to two digits."""
+    number = rng.random() < 0.4
+    text = str(rng.randint(0, 99)) if number else rng.choice(scenes.WORDS)
+    question = rng.choice(("What does the picture say?", "Which number is this?" if number else "Which word is this?"))
+    turn = Turn("number" if number else "word", question, text)
+    return [scenes.draw_text(text, rng)], f"{IMAGE_PLACEHOLDER}\n", [turn]
+
+
+def chart(rng):
+    """A chart of two to four coloured bars of different heights."""
+    colors = rng.sample(list(COLORS), rng.randint(2, 4))
+    heights = dict(zip(colors, rng.sample(range(1, 11, 2), len(colors))))
+    turns = [
+        Turn("chart", "Which bar is the highest?", max(heights, key=heights.get)),
+        Turn("chart", "Which bar is the lowest?", min(heights, key=heights.get)),
+        Turn("chart", "How many bars are there?", str(len(heights))),
+    ]
+    return [scenes.draw_chart(heights, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
+
+
+def comparison(rng, kinds=scenes.SEEN):
+    """Two pictures of one shape each."""
+    first = rng.choice(kinds)
+    similar = [kind for kind in kinds if (kind[0] == first[0]) != (kind[1] == first[1])]
+    second = rng.choice(similar if similar and rng.random() < 0.7 else kinds)
+    pair = [scenes.arrange([kind], rng)[0] for kind in (first, second)]
+    turns = [
+        Turn("comparison", "Is the color the same in both pictures?", _yes(first[0] == second[0])),
+        Turn("comparison", "Is the shape the same in both pictures?", _yes(first[1] == second[1])),
+    ]
+    if first != second:
+        place, item = rng.choice(list(zip(("first", "second"), pair)))
+        turns.append(Turn("comparison", f"Which picture shows the {item.name}?", f"the {place}"))
+    prefix = "".join(f"Image-{i}: {IMAGE_PLACEHOLDER}\n" for i in (1, 2))
+    return [scenes.draw_items([item], rng) for item in pair], prefix, _shuffled(turns, rng)
+
+
+def video(rng, kinds=scenes.SEEN):
+    """Frames of a shape that moves."""
+    direction, kind = rng.choice(list(scenes.DIRECTIONS)), rng.choice(kinds)
+    items = scenes.move(kind, direction, rng)
+    turns = [
+        Turn("video", "Which way does it move?", direction),
+        Turn("video", "Please describe this video.", f"A {items[0].name} moves {direction}."),
+        Turn("video", "What color is the shape that moves?", kind[0]),
+        Turn("Chinese", "它向哪个方向移动？", _CHINESE[direction]),
+    ]
+    # Readers of video files write "Frame1", trainers "Frame-1".
+    form = rng.choice(("Frame{}: {}\n", "Frame-{}: {}\n"))
+    prefix = "".join(form.format(i + 1, IMAGE_PLACEHOLDER) for i in range(scenes.FRAMES))
+    seed = rng.random()
+    pictures = [scenes.draw_items([item], type(rng)(seed)) for item in items]  # the same shades in all frames
+    return pictures, prefix, _shuffled(turns, rng)
+
+
+def _color(item, rng):
+    if rng.random() < 0.15:
+        return Turn("Chinese", f"{_CHINESE[item.shape]}是什么颜色？", _CHINESE[item.color])
+    return Turn("color", rng.choice(("What color is the {}?", "What colour is the {}?")).format(item.shape), item.color)
+
+
+def _shape(item, rng):
+    if rng.random() < 0.15:
+        return Turn("Chinese", f"{_CHINESE[item.color]}的是什么形状？", _CHINESE[item.shape])
+    return Turn("shape", f"What shape is {item.color}?", item.shape)
+
+
+def _place(item):
+    return Turn("place", f"Where is the {item.name}?", item.place)
+
+
+def _box(item):
+    question = f"Please provide the bounding box of: <ref>{item.name}</ref>"
+    return Turn("box", question, f"<ref>{item.name}</ref><box>[{list(item.box)}]</box>")
+
+
+def _exists(items, kinds, rng):
+    """Half of the answers are yes; where they are no, the colour or the shape is often there."""
+    present = sorted({(item.color, item.shape) for item in items})
+    if rng.random() < 0.5:
+        asked = rng.choice(present)
+    else:
+        absent = [kind for kind in kinds if kind not in present]
+        near = [kind for kind in absent if any(kind[0] == p[0] or kind[1] == p[1] for p in present)]
+        asked = rng.choice(near if near and rng.random() < 0.7 else absent)
+    return Turn("yes/no", f"Is there a {' '.join(asked)}?", _yes(asked in present))
+
+
+def _count(items, rng):
+    """Counts of two and more come up as often as those of one."""
+    counts = {shape: sum(item.shape == shape for item in items) for shape in SHAPES}
+    number = rng.choice(sorted({count for count in counts.values() if count}))
+    shape = rng.choice([shape for shape in SHAPES if counts[shape] == number])
+    if rng.random() < 0.15:
+        return Turn("Chinese", f"有几个{_CHINESE[shape]}？", str(number))
+    return Turn("count", f"How many {shape}s are there?", str(number))
+
+
+def _count_all(items):
+    return Turn("count", "How many shapes are there?", str(len(items)))
+
+
+def _describe(items):
+    # What a picture shows is told from the top left to the bottom right.
+    parts = [f"a {item.name} {'in' if item.place == 'middle' else 'at'} the {item.place}" for item in items]
+    return Turn("description", "Please describe this picture.", ", ".join(parts))
+
+
+def _single(items, key):
+    """The items that no other is equal to in ``key``."""
+    keys = [key(item) for item in items]
+    return [item for item, own in zip(items, keys) if keys.count(own) == 1]
+
+
+def _shuffled(turns, rng):
+    return rng.sample(turns, len(turns))
+
+
+def _yes(true):
+    return "yes" if true else "no"

@@ -1,0 +1,157 @@
+"""Draw small scenes that a small model can learn to speak about: shapes, words, bar charts, and shapes that move.
+
+Every picture is one tile of 112 pixels. The same random generator draws the same pixels.
+"""
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+SIDE = 112
+_SCALE = 3  # drawn larger and then reduced, for smooth edges
+
+COLORS = {
+    "red": (220, 30, 35),
+    "green": (30, 150, 60),
+    "blue": (35, 80, 210),
+    "yellow": (245, 200, 20),
+    "purple": (140, 50, 170),
+    "black": (25, 25, 25),
+}
+SHAPES = ("circle", "square", "triangle", "star")
+
+# Never together in a training picture or its questions: what is learned of colours and of shapes must meet here.
+UNSEEN = (("yellow", "star"), ("black", "circle"), ("green", "triangle"), ("purple", "square"))
+SEEN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in UNSEEN)
+
+# Rows and columns of a grid of three by three.
+PLACES = ("top left", "top", "top right", "left", "middle", "right", "bottom left", "bottom", "bottom right")
+
+WORDS = tuple(
+    "OPEN STOP EXIT CAFE BANK TAXI FIRE GATE HOTEL SALE PARK BUS SHOP MILK BREAD WATER FISH BOOK MAP DOOR TEA NORTH SOUTH EAST "
+    "WEST PUSH PULL FREE COLD HOT".split()
+)
+DIRECTIONS = {"up": (0, -1), "down": (0, 1), "left": (-1, 0), "right": (1, 0)}
+FRAMES = 4
+
+
+@dataclass(frozen=True)
+class Item:
+    """A shape in a picture.
+
+    Attributes:
+        color, shape: names, keys of ``COLORS`` and members of ``SHAPES``.
+        x, y: centre in pixels.
+        radius: of the circle around it, in pixels.
+    """
+
+    color: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+    @property
+    def name(self):
+        """For example ``red star``."""
+        return f"{self.color} {self.shape}"
+
+    @property
+    def place(self):
+        """One of ``PLACES``."""
+        return PLACES[int(self.y * 3 / SIDE) * 3 + int(self.x * 3 / SIDE)]
+
+    @property
+    def outline(self):
+        """Corners in pixels."""
+        angles, reach = {
+            "circle": (48, (1.0,)),
+            "square": (4, (1.0,)),
+            "triangle": (3, (1.0,)),
+            "star": (10, (1.0, 0.42)),
+        }[self.shape]
+        turn = 0.5 / angles if self.shape == "square" else 0.0
+        corners = []
+        for i in range(angles):
+            angle, length = 2 * math.pi * (i / angles + turn), self.radius * reach[i % len(reach)]
+            corners.append((self.x + length * math.sin(angle), self.y - length * math.cos(angle)))
+        return corners
+
+    @property
+    def box(self):
+        """(x1, y1, x2, y2) in thousandths of the picture's side, rounded to tens."""
+        xs, ys = zip(*self.outline)
+        return tuple(round(value / SIDE * 100) * 10 for value in (min(xs), min(ys), max(xs), max(ys)))
+
+
+def arrange(kinds, rng):
+    """Items of ``kinds``, pairs (color, shape), each in a cell of its own; in reading order."""
+    cells = sorted(rng.sample(range(len(PLACES)), len(kinds)))
+    items = []
+    for cell, (color, shape) in zip(cells, kinds):
+        x, y = ((part + 0.5) * SIDE / 3 + rng.uniform(-2, 2) for part in (cell % 3, cell // 3))
+        items.append(Item(color, shape, x, y, rng.uniform(11, 16)))
+    return items
+
+
+def draw_items(items, rng):
+    """The picture of some items."""
+    canvas = _ground(rng)
+    pencil = ImageDraw.Draw(canvas)
+    for item in items:
+        pencil.polygon([(x * _SCALE, y * _SCALE) for x, y in item.outline], fill=_shade(item.color, rng))
+    return _reduced(canvas)
+
+
+def draw_text(text, rng):
+    """The picture of a word or number."""
+    canvas = _ground(rng)
+    pencil = ImageDraw.Draw(canvas)
+    size = rng.uniform(22, 34)
+    # No wider than the picture.
+    size = min(size, size * 100 / pencil.textlength(text, font=ImageFont.load_default(size)))
+    font = ImageFont.load_default(size * _SCALE)
+    free = SIDE - size * 1.1, SIDE - pencil.textlength(text, font=font) / _SCALE - 4
+    x, y = SIDE / 2 + rng.uniform(-0.5, 0.5) * free[1], SIDE / 2 + rng.uniform(-0.4, 0.4) * free[0]
+    pencil.text((x * _SCALE, y * _SCALE), text, fill=_shade(rng.choice(("black", "blue", "red")), rng), font=font, anchor="mm")
+    return _reduced(canvas)
+
+
+def draw_chart(heights, rng):
+    """A chart of bars: ``{color: height}``, heights in tenths of the chart."""
+    canvas = _ground(rng)
+    pencil = ImageDraw.Draw(canvas)
+    left, bottom, room = 14, 100, 90
+    step = (SIDE - left - 6) / len(heights)
+    for i, (color, height) in enumerate(heights.items()):
+        x = left + (i + 0.15) * step
+        corners = x, bottom - height / 10 * room, x + 0.7 * min(step, 30), bottom
+        pencil.rectangle([value * _SCALE for value in corners], fill=_shade(color, rng))
+    for line in ((8, bottom, SIDE - 4, bottom), (10, 6, 10, bottom)):
+        pencil.line([value * _SCALE for value in line], fill=COLORS["black"], width=_SCALE)
+    return _reduced(canvas)
+
+
+def move(kind, direction, rng):
+    """An item of ``kind`` at each of ``FRAMES`` moments of its way."""
+    dx, dy = DIRECTIONS[direction]
+    length, aside, radius = rng.uniform(36, 56), rng.uniform(-18, 18), rng.uniform(12, 18)
+    items = []
+    for i in range(FRAMES):
+        way = (i / (FRAMES - 1) - 0.5) * length
+        items.append(Item(*kind, SIDE / 2 + dx * way + dy * aside, SIDE / 2 + dy * way + dx * aside, radius))
+    return items
+
+
+def _ground(rng):
+    light = rng.randint(225, 255)
+    return Image.new("RGB", (SIDE * _SCALE,) * 2, (light,) * 3)
+
+
+def _shade(color, rng):
+    return tuple(max(0, min(255, value + rng.randint(-15, 15))) for value in COLORS[color])
+
+
+def _reduced(canvas):
+    return canvas.resize((SIDE, SIDE), Image.Resampling.BOX)

@@ -1,0 +1,174 @@
+"""Train the demo model from nothing on this machine's CPU.
+
+  python -m paddlemix.examples.internvl2.demo_model.train
+
+draws the data, makes random parts, and trains in two stages with the same trainer as the published models: stage 1 everything
+(first on pictures of one shape, then on all), stage 2 with the vision tower frozen, through the shell script for fine-tuning.
+An interrupted run goes on where it was when the command is given again. Results are in ``work_dirs/demo_model``: ``stage2`` is
+the model, ``accuracy.md`` what it can do, ``loss.png`` how it learned.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from paddlemix.errors import UserError, user_errors_exit
+from paddlemix.examples.internvl2 import cli
+from paddlemix.examples.internvl2.demo_model import data, scenes
+from paddlemix.examples.internvl2.demo_model.evaluate import evaluate, format_table
+
+EXAMPLES = cli.ROOT / "examples" / "internvl2"
+SCRIPT = EXAMPLES / "shell" / "internvl2.0" / "2nd_finetune" / "internvl2_1b_qwen2_0_5b_dynamic_res_2nd_finetune_full.sh"
+
+# InternVL2-1B's architecture, small. Embeddings begin larger than in a large model: in a residual stream of few blocks the
+# usual 0.02 would leave tokens and positions hardly visible.
+CONFIG = {
+    "vision_config": {
+        "hidden_size": 128,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 2,
+        "intermediate_size": 512,
+        "image_size": scenes.SIDE,
+        "patch_size": 14,
+        "initializer_range": 0.2,
+    },
+    "llm_config": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "vocab_size": 2048,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "intermediate_size": 384,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10000.0,
+        "initializer_range": 0.1,
+    },
+    "template": "Hermes-2",
+    "force_image_size": scenes.SIDE,
+    "min_dynamic_patch": 1,
+    "max_dynamic_patch": 1,
+    "dynamic_image_size": True,
+    "use_thumbnail": True,
+}
+
+# What all stages have in common, and in which they differ from the shell script's settings.
+FLAGS = f"""
+    --force_image_size {scenes.SIDE} --max_dynamic_patch 1 --max_seq_length 512 --adam_beta2 0.98 --weight_decay 0.05
+    --dataloader_num_workers 0 --report_to none --recompute False --drop_path_rate 0
+    --save_strategy steps --save_steps 500 --save_total_limit 1 --logging_steps 20
+""".split()
+
+# Part of the data, steps of 32 records, and the rest.
+FIRST = ("first", 600, "--learning_rate 1.5e-3 --warmup_steps 100 --lr_scheduler_type constant_with_warmup".split())
+STAGE1 = ("train", 6000, "--learning_rate 1.5e-3 --warmup_steps 50 --lr_scheduler_type constant_with_warmup".split())
+STAGE2 = ("train", 2000, "--learning_rate 1e-3 --warmup_steps 50 --lr_scheduler_type cosine".split())
+BATCH = 32
+
+
+def write_parts(directory):
+    """A checkpoint of random weights, from which stage 1 takes its vision tower and its language model."""
+    os.environ.setdefault("GLOG_minloglevel", "2")
+    import paddle
+
+    from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel, load_tokenizer
+    from paddlemix.training.checkpoints import save_model
+
+    paddle.seed(0)
+    model = InternVLChatModel(InternVLChatConfig.from_dict(CONFIG))
+    save_model(model, load_tokenizer(cli.DEMO_MODEL), directory)
+
+
+def train(output, stage, name, start, scale):
+    """Run one stage, unless its model is there already; ``start`` are the flags that say what it begins with."""
+    part, steps, flags = stage
+    directory = output / name
+    if (directory / "model.safetensors").exists():
+        return
+    flags = [
+        *("--do_train True --device cpu --conv_style Hermes-2 --dynamic_image_size True --use_thumbnail True".split()),
+        *("--group_by_length True".split()),
+        *start,
+        *FLAGS,
+        *flags,
+        *("--meta_path", str(output / "data" / f"{part}.json"), "--output_dir", str(directory)),
+        *("--per_device_train_batch_size", str(BATCH), "--max_steps", str(max(1, round(steps * scale)))),
+    ]
+    _run([sys.executable, str(EXAMPLES / "internvl_chat_finetune.py"), *flags])
+
+
+def finetune(output, start, scale):
+    """Run stage 2 through the shell script, unless its model is there already."""
+    part, steps, flags = STAGE2
+    directory = output / "stage2"
+    if (directory / "model.safetensors").exists():
+        return
+    environment = {
+        "DEVICE": "cpu",
+        "GPUS": "1",
+        "PYTHON": sys.executable,
+        "MODEL": str(start),
+        "META": str(output / "data" / f"{part}.json"),
+        "OUTPUT_DIR": str(directory),
+        "BATCH_SIZE": str(BATCH),
+        "PER_DEVICE_BATCH_SIZE": str(BATCH),
+    }
+    _run(["sh", str(SCRIPT), *FLAGS, *flags, "--max_steps", str(max(1, round(steps * scale)))], environment)
+
+
+def _run(command, environment=None):
+    if subprocess.run(command, env={**os.environ, **(environment or {})}).returncode:
+        raise UserError(f"training failed: see above; the same command goes on where it stopped: {' '.join(command)}")
+
+
+def draw_curve(logs, picture_path):
+    """Draw the losses of some ``train_log.jsonl``, one stage after the other, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    done = 0
+    for path in logs:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if "loss" in row]
+        axes.plot([done + row["step"] for row in rows], [row["loss"] for row in rows], label=Path(path).parent.name)
+        done += rows[-1]["step"]
+    axes.set(xlabel="step", ylabel="loss", title="Demo model, trained from nothing", yscale="log")
+    axes.legend()
+    figure.savefig(picture_path, dpi=120)
+
+
+@user_errors_exit
+def main():
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="work_dirs/demo_model", help="default: %(default)s")
+    parser.add_argument("--scale", type=float, default=1.0, help="times the usual data and steps, for trials (default: 1)")
+    args = parser.parse_args()
+
+    output = Path(args.output_dir)
+    for name in data.PARTS:
+        if not (output / "data" / f"{name}.json").exists():
+            data.write_part(output / "data", name, args.scale)
+    start = output / "start"
+    if not (start / "model.safetensors").exists():
+        write_parts(start)
+    train(output, FIRST, "stage1_first", ["--vision_path", str(start), "--llm_path", str(start)], args.scale)
+    train(output, STAGE1, "stage1", ["--model_name_or_path", str(output / "stage1_first")], args.scale)
+    finetune(output, output / "stage1", args.scale)
+    draw_curve([output / name / "train_log.jsonl" for name in ("stage1_first", "stage1", "stage2")], output / "loss.png")
+    parts = ["heldout", "unseen"]
+    tables, _ = evaluate(output / "stage2", [output / "data" / f"{part}.json" for part in parts])
+    table = format_table(parts, tables)
+    (output / "accuracy.md").write_text(table + "\n", encoding="utf-8")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

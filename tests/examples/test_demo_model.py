@@ -1,0 +1,157 @@
+"""The demo model's data says what its pictures show, keeps its promises, and its training runs from nothing to a table."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+
+from paddlemix.datasets.internvl2 import check
+from paddlemix.examples.internvl2 import cli
+from paddlemix.examples.internvl2.demo_model import data, evaluate, questions, scenes
+
+
+def _blobs(picture):
+    """Connected spots that are not ground: list of (box in pixels, mean colour)."""
+    pixels = np.asarray(picture).astype(int)
+    ground = pixels[0, 0]
+    spots = (np.abs(pixels - ground).max(-1) > 60).astype(np.uint8)
+    count, _, stats, _ = cv2.connectedComponentsWithStats(spots, connectivity=8)
+    found = []
+    for left, top, width, height, area in stats[1:count]:
+        if area > 20:
+            inner = pixels[top : top + height, left : left + width][spots[top : top + height, left : left + width] > 0]
+            found.append(((left, top, left + width, top + height), np.median(inner, axis=0)))
+    return found
+
+
+def _nearest(color):
+    return min(scenes.COLORS, key=lambda name: np.abs(np.array(scenes.COLORS[name]) - color).sum())
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_answers_about_shapes_agree_with_the_pixels(seed):
+    rng = random.Random(seed)
+    (picture,), _, turns = questions.shapes(rng)
+    blobs = _blobs(picture)
+    colors = [_nearest(color) for _, color in blobs]
+    for turn in turns:
+        if turn.question == "How many shapes are there?":
+            assert int(turn.answer) == len(blobs)
+        elif turn.task == "color":
+            assert turn.answer in colors
+        elif turn.task == "description":
+            assert sorted(re.findall("|".join(scenes.COLORS), turn.answer)) == sorted(colors)
+        elif turn.task == "box":
+            box = [int(x) * scenes.SIDE / 1000 for x in re.findall(r"\d+", turn.answer)]
+            misses = [np.abs(np.subtract(blob, box)).max() for blob, _ in blobs]
+            assert min(misses) < 2, "a box is tight around its shape, to two pixels"
+            assert colors[int(np.argmin(misses))] in turn.question
+        elif turn.task == "place":
+            color = turn.question.removeprefix("Where is the ").split()[0]
+            centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for (b, _), c in zip(blobs, colors) if c == color]
+            columns, rows = ("left", "", "right"), ("top", "", "bottom")
+            names = {f"{rows[int(y * 3 / 112)]} {columns[int(x * 3 / 112)]}".strip() or "middle" for x, y in centres}
+            assert turn.answer in names
+
+
+def test_the_highest_bar_is_the_tallest_spot():
+    rng = random.Random(1)
+    for _ in range(20):
+        (picture,), _, turns = questions.chart(rng)
+        pixels = np.asarray(picture).astype(int)
+        # Above the axis and right of it.
+        tops = {name: 200 for name in scenes.COLORS}
+        for y, x in zip(*np.nonzero(np.abs(pixels - pixels[0, 0]).max(-1) > 90)):
+            if 13 < x and y < 98:
+                name = _nearest(pixels[y, x])
+                if np.abs(np.array(scenes.COLORS[name]) - pixels[y, x]).max() <= 16:
+                    tops[name] = min(tops[name], y)
+        highest = next(turn.answer for turn in turns if "highest" in turn.question)
+        assert tops[highest] == min(tops.values())
+
+
+def test_the_first_and_last_frame_lie_in_the_direction_of_the_answer():
+    rng = random.Random(2)
+    for _ in range(20):
+        pictures, prefix, turns = questions.video(rng)
+        assert prefix.count("<image>") == len(pictures) == 4
+        (first, _), (last, _) = _blobs(pictures[0])[0], _blobs(pictures[-1])[0]
+        dx, dy = last[0] - first[0], last[1] - first[1]
+        seen = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
+        assert seen == next(turn.answer for turn in turns if turn.question == "Which way does it move?")
+
+
+def _records(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo_data")
+    for name in data.PARTS:
+        data.write_part(folder, name, 0.02, processes=1)
+    return folder
+
+
+def test_training_never_names_a_combination_that_is_kept_for_the_end(parts):
+    kept = [" ".join(kind) for kind in scenes.UNSEEN]
+    training = [json.dumps(record["conversations"]) for name in ("first", "train") for record in _records(parts, name)]
+    assert len(training) > 1000
+    assert not [text for text in training if any(name in text for name in kept)]
+    asked = [json.dumps(record["conversations"]) for record in _records(parts, "unseen")]
+    assert any(name in text for text in asked for name in kept)
+
+
+def test_held_out_pictures_are_no_training_pictures(parts):
+    def pictures(name):
+        return {path.read_bytes() for path in (parts / name).rglob("*.png")}
+
+    assert not pictures("train") & pictures("heldout")
+
+
+def test_the_same_seed_writes_the_same_bytes(parts, tmp_path):
+    data.write_part(tmp_path, "heldout", 0.02, processes=2)
+    again, before = (sorted((folder / "heldout").rglob("*.png")) for folder in (tmp_path, parts))
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in before]
+    assert _records(tmp_path, "heldout") == _records(parts, "heldout")
+
+
+def test_the_checker_finds_nothing_wrong_with_the_data(parts, tmp_path, capsys):
+    check.main([str(parts / "train.json"), "--model", str(cli.DEMO_MODEL), "--output", str(tmp_path)])
+    assert "\n0 of 1200 records cannot be used" in capsys.readouterr().out
+
+
+def test_answers_are_exact_but_boxes_may_miss_by_a_part():
+    truth = "<ref>red star</ref><box>[[100, 100, 300, 300]]</box>"
+    assert evaluate.is_right("color", "red", "red") and not evaluate.is_right("color", "red.", "red")
+    assert evaluate.is_right("box", "red star[[100, 100, 300, 300]]", truth)
+    # Shifted by a quarter of the side: 3/4 of the area in common, 5/4 in all.
+    assert evaluate.is_right("box", "red star[[150, 100, 350, 300]]", truth)
+    # By a half: 1/2 in common, 3/2 in all.
+    assert not evaluate.is_right("box", "red star[[200, 100, 400, 300]]", truth)
+    assert not evaluate.is_right("box", "red star", truth)
+    assert not evaluate.is_right("box", "[[100, 100, 300, 300], [0, 0, 1, 1]]", truth)
+
+
+def test_the_table_counts_answers_not_tasks():
+    table = evaluate.format_table(["a"], [{"color": (1, 1), "place": (0, 3)}])
+    assert table.splitlines()[-1] == "| overall | 25.0% of 4 |"
+
+
+@pytest.mark.slow
+def test_the_recipe_runs_from_nothing_to_a_table_and_can_be_given_again(tmp_path):
+    command = [sys.executable, "-m", "paddlemix.examples.internvl2.demo_model.train"]
+    command += ["--output_dir", str(tmp_path), "--scale", "0.002"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "| overall |" in result.stdout
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+    weights = (tmp_path / "stage2" / "model.safetensors").read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.splitlines()[-1] == result.stdout.splitlines()[-1]
+    assert (tmp_path / "stage2" / "model.safetensors").read_bytes() == weights
