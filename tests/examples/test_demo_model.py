@@ -65,9 +65,9 @@ def test_the_highest_bar_is_the_tallest_spot():
         (picture,), _, turns = questions.chart(rng)
         pixels = np.asarray(picture).astype(int)
         # Above the axis and right of it.
-        tops = {name: 200 for name in scenes.COLORS}
+        tops = dict.fromkeys(scenes.COLORS, 200)
         for y, x in zip(*np.nonzero(np.abs(pixels - pixels[0, 0]).max(-1) > 90)):
-            if 13 < x and y < 98:
+            if x > 13 and y < 98:
                 name = _nearest(pixels[y, x])
                 if np.abs(np.array(scenes.COLORS[name]) - pixels[y, x]).max() <= 16:
                     tops[name] = min(tops[name], y)
@@ -122,7 +122,7 @@ def test_the_same_seed_writes_the_same_bytes(parts, tmp_path):
 
 
 def test_the_checker_finds_nothing_wrong_with_the_data(parts, tmp_path, capsys):
-    check.main([str(parts / "train.json"), "--model", str(cli.DEMO_MODEL), "--output", str(tmp_path)])
+    check.main([str(parts / "train.json"), "--model_name_or_path", str(cli.DEMO_MODEL), "--output", str(tmp_path)])
     assert "\n0 of 1200 records cannot be used" in capsys.readouterr().out
 
 
