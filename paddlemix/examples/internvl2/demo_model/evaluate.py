@@ -54,29 +54,30 @@ def _overlap(a, b):
     return both / max(sum(areas) - both, 1e-9)
 
 
-def evaluate(directory, meta_paths, limit=None):
+def evaluate(directory, meta_paths, limit=None, device="cpu"):
     """Accuracy of the model in ``directory`` on each part.
 
     Args:
         directory: a checkpoint.
         meta_paths: meta files of :mod:`.data`.
         limit: ask only so many questions of each part.
+        device: where to run.
 
     Returns:
         For each meta file a dictionary ``{task: (right, asked)}``, and a list of wrong answers (task, question, answer, truth).
     """
     os.environ.setdefault("GLOG_minloglevel", "2")
-    from paddlemix import device
+    from paddlemix import device as devices
     from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
     from paddlemix.processors.internvl2.image import load_image
 
-    device.set_device("cpu")
+    devices.set_device(device)
     model, tokenizer = InternVLChatModel.from_pretrained(directory), load_tokenizer(directory)
     tables, wrong = [], []
     for meta_path in meta_paths:
         # Answers of similar length together: a batch goes on until its last one ends.
         questions = sorted(read_questions(meta_path)[:limit], key=lambda q: (len(q[3]), q[0], q[1]))
-        table = collections.defaultdict(lambda: [0, 0])
+        right, asked = collections.Counter(), collections.Counter()
         for start in tqdm(range(0, len(questions), BATCH), desc=Path(meta_path).stem, unit="batch", disable=None):
             batch = questions[start : start + BATCH]
             pixels = np.concatenate([load_image(path, model.config.image_size, max_num=1) for q in batch for path in q[3]])
@@ -85,12 +86,12 @@ def evaluate(directory, meta_paths, limit=None):
                 tokenizer, pixels, [q[1] for q in batch], dict(max_new_tokens=96), num_patches_list=counts
             )
             for (task, question, truth, _), answer in zip(batch, answers):
-                right = is_right(task, answer, truth)
-                table[task][0] += right
-                table[task][1] += 1
-                if not right:
+                asked[task] += 1
+                if is_right(task, answer, truth):
+                    right[task] += 1
+                else:
                     wrong.append((task, question, answer, truth))
-        tables.append({task: tuple(table[task]) for task in sorted(table)})
+        tables.append({task: (right[task], asked[task]) for task in sorted(asked)})
     return tables, wrong
 
 
@@ -113,8 +114,9 @@ def main():
     parser.add_argument("meta", nargs="+", help="meta files of the parts to ask about")
     parser.add_argument("--limit", type=int, default=None, help="ask only so many questions of each part")
     parser.add_argument("--wrong", type=int, default=0, help="also print so many of the wrong answers")
+    parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or another Paddle device (default: %(default)s)")
     args = parser.parse_args()
-    tables, wrong = evaluate(args.model, args.meta, args.limit)
+    tables, wrong = evaluate(args.model, args.meta, args.limit, args.device)
     print(format_table([Path(path).stem for path in args.meta], tables))
     for task, question, answer, truth in wrong[:: max(1, len(wrong) // max(args.wrong, 1))][: args.wrong]:
         print(f"{task}: {question.splitlines()[-1]} | {answer!r} instead of {truth!r}")

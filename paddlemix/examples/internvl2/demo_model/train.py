@@ -1,4 +1,4 @@
-"""Train the demo model from nothing on this machine's CPU.
+"""Train the demo model from nothing, in an hour or two of a CPU.
 
   python -m paddlemix.examples.internvl2.demo_model.train
 
@@ -83,16 +83,17 @@ def write_parts(directory):
     save_model(model, load_tokenizer(cli.DEMO_MODEL), directory)
 
 
-def train(output, stage, name, start, scale):
+def train(output, stage, name, start, scale, device):
     """Run one stage, unless its model is there already; ``start`` are the flags that say what it begins with."""
     part, steps, flags = stage
     directory = output / name
     if (directory / "model.safetensors").exists():
         return
     flags = [
-        *("--do_train True --device cpu --conv_style Hermes-2 --dynamic_image_size True --use_thumbnail True".split()),
+        *("--do_train True --conv_style Hermes-2 --dynamic_image_size True --use_thumbnail True".split()),
         *("--group_by_length True".split()),
         *start,
+        *("--device", device),
         *FLAGS,
         *flags,
         *("--meta_path", str(output / "data" / f"{part}.json"), "--output_dir", str(directory)),
@@ -101,14 +102,14 @@ def train(output, stage, name, start, scale):
     _run([sys.executable, str(EXAMPLES / "internvl_chat_finetune.py"), *flags])
 
 
-def finetune(output, start, scale):
+def finetune(output, start, scale, device):
     """Run stage 2 through the shell script, unless its model is there already."""
     part, steps, flags = STAGE2
     directory = output / "stage2"
     if (directory / "model.safetensors").exists():
         return
     environment = {
-        "DEVICE": "cpu",
+        "DEVICE": device,
         "GPUS": "1",
         "PYTHON": sys.executable,
         "MODEL": str(start),
@@ -150,6 +151,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="work_dirs/demo_model", help="default: %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual data and steps, for trials (default: 1)")
+    parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or another Paddle device (default: %(default)s)")
     args = parser.parse_args()
 
     output = Path(args.output_dir)
@@ -159,12 +161,12 @@ def main():
     start = output / "start"
     if not (start / "model.safetensors").exists():
         write_parts(start)
-    train(output, FIRST, "stage1_first", ["--vision_path", str(start), "--llm_path", str(start)], args.scale)
-    train(output, STAGE1, "stage1", ["--model_name_or_path", str(output / "stage1_first")], args.scale)
-    finetune(output, output / "stage1", args.scale)
+    train(output, FIRST, "stage1_first", ["--vision_path", str(start), "--llm_path", str(start)], args.scale, args.device)
+    train(output, STAGE1, "stage1", ["--model_name_or_path", str(output / "stage1_first")], args.scale, args.device)
+    finetune(output, output / "stage1", args.scale, args.device)
     draw_curve([output / name / "train_log.jsonl" for name in ("stage1_first", "stage1", "stage2")], output / "loss.png")
     parts = ["heldout", "unseen"]
-    tables, _ = evaluate(output / "stage2", [output / "data" / f"{part}.json" for part in parts])
+    tables, _ = evaluate(output / "stage2", [output / "data" / f"{part}.json" for part in parts], device=args.device)
     table = format_table(parts, tables)
     (output / "accuracy.md").write_text(table + "\n", encoding="utf-8")
     print(table)
