@@ -28,6 +28,11 @@ DTYPES = {"float64": "bfloat16", "float32": "float32"}
 _STATIC_ONLY = {"assign_value", "full_int_array", "add_n"}
 
 
+@pytest.fixture(autouse=True)
+def without_the_kernels_of_cpus(monkeypatch):
+    monkeypatch.setenv("PADDLEMIX_KERNELS", "plain")
+
+
 @functools.cache
 def allowed():
     """Sections of the list: ``{"bfloat16": {operators}, ...}``."""

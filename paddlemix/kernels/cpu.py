@@ -10,6 +10,7 @@ Ask :func:`available` first; it is False without a compiler, on other processors
 and then plain Paddle has to do.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -18,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -25,7 +27,10 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-__all__ = ["Norm", "PackedLinear", "attention", "available", "mlp", "rotate_and_cache", "set_num_threads"]
+__all__ = [
+    "Norm", "PackedLinear", "attention", "available", "compiled", "mlp", "num_threads", "rotate_and_cache", "set_num_threads",
+    "timed",
+]  # fmt: skip
 
 SOURCE = Path(__file__).with_name("cpu.cc")
 FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
@@ -42,15 +47,36 @@ _SIGNATURES = {
     "rotate_run": [*[_pointer] * 3, *[_long] * 8, _int, *[_pointer] * 3],
 }
 _threads = 0
+_times = None  # of calls, by kernel, within timed()
 
 
 def set_num_threads(count):
     """Number of threads of every kernel here; 0 for the default, ``OMP_NUM_THREADS`` if above 1, else all usable cores.
 
-    Paddle sets ``OMP_NUM_THREADS`` to 1 where it is unset, so that a 1 says nothing about the user's wish.
+    Paddle sets ``OMP_NUM_THREADS`` to 1 where it is unset, so that a 1 says nothing about the user's wish. Processes that
+    a launcher started on one machine share its cores.
     """
     global _threads
-    _threads = count or (lambda n: n if n > 1 else len(os.sched_getaffinity(0)))(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    wished, processes = (int(os.environ.get(name) or 1) for name in ("OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE"))
+    _threads = count or (wished if wished > 1 else max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+def num_threads():
+    """Number of threads of every kernel."""
+    if not _threads:
+        set_num_threads(0)
+    return _threads
+
+
+@contextlib.contextmanager
+def timed():
+    """Within the block, note the seconds of each call in the dictionary that this gives: ``{kernel: [seconds, ...]}``."""
+    global _times
+    _times = {}
+    try:
+        yield _times
+    finally:
+        _times = None
 
 
 class _Unavailable(Exception):
@@ -62,8 +88,8 @@ def _cpu_flags():
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _build():
-    """Path of the compiled library, from the cache where this source was compiled for this machine before."""
+def _target():
+    """The compiler, the libraries to link with, and the path of the compiled library: one for each source and machine."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     libraries = [Path(paddle.__file__).parent / "libs" / name for name in ("libdnnl.so.3", "libiomp5.so")]
     if platform.machine() != "x86_64" or not all(path.exists() for path in libraries):
@@ -73,10 +99,23 @@ def _build():
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     key = "\n".join([SOURCE.read_text(), version, *sorted(_cpu_flags()), paddle.__version__, *FLAGS])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix"
-    target = cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    return compiler, libraries, cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+def compiled():
+    """Whether the library is there already, so that :func:`available` takes a tenth of a second instead of some seconds."""
+    try:
+        return _target()[2].exists()
+    except (_Unavailable, OSError, subprocess.SubprocessError):
+        return False
+
+
+def _build():
+    """Path of the compiled library, which is made if it is not there."""
+    compiler, libraries, target = _target()
     if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             module, built = Path(folder, "cpu.o"), Path(folder, "cpu.so")
             for command in (
                 [compiler, *FLAGS, "-c", SOURCE, "-o", module],
@@ -97,13 +136,14 @@ def _library():
         function = getattr(library, name)
         function.argtypes, function.restype = [_int, *arguments], ctypes.c_char_p
     library.linear_destroy.argtypes, library.linear_destroy.restype = [_pointer], None
-    if not _threads:
-        set_num_threads(0)
     return library
 
 
 def _call(name, *arguments):
-    error = getattr(_library(), name)(_threads, *arguments)
+    start = time.perf_counter() if _times is not None else 0
+    error = getattr(_library(), name)(num_threads(), *arguments)
+    if _times is not None:
+        _times.setdefault(name.removesuffix("_run"), []).append(time.perf_counter() - start)
     if error:
         raise RuntimeError(f"CPU kernel {name}: {error.decode()}")
 

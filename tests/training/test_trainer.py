@@ -7,6 +7,7 @@ import paddle
 import pytest
 
 from paddlemix.errors import ConfigError, TrainingError
+from paddlemix.kernels import gemm
 from paddlemix.models.internvl2.checkpoint import weight_table
 from paddlemix.training.arguments import PreTrainingArguments
 from paddlemix.training.optimizer import Optimizer
@@ -15,8 +16,14 @@ from tests.conftest import FAMILIES, assert_close, load_reference
 from tests.training.helpers import assert_same, batch, fresh, gradients, train_sample, trainer
 
 
+@pytest.fixture(params=["plain", "gemm"])
+def products(request, monkeypatch):
+    """Paddle's own products and attention, and those of ``kernels/gemm.py``, which such small models are not worth."""
+    monkeypatch.setattr(gemm, "_SMALL", 0 if request.param == "gemm" else 10**12)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_of_all_parameters_equal_the_original(family):
+def test_gradients_of_all_parameters_equal_the_original(family, products):
     """Gradients of the fused weights, cut into the published tensors."""
     expected = load_reference(family).expected
     model, parameters = fresh(family, freeze_backbone=True)
@@ -33,7 +40,7 @@ def test_gradients_of_all_parameters_equal_the_original(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_of_adamw_steps_equal_the_original(family):
+def test_losses_of_adamw_steps_equal_the_original(family, products):
     expected = load_reference(family).expected
     setting = expected["adamw"]
     run = trainer(
@@ -49,7 +56,7 @@ def test_losses_of_adamw_steps_equal_the_original(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recompute_changes_memory_alone(family):
+def test_recompute_changes_memory_alone(family, products):
     """Also: it really computes every block twice, in both towers."""
     sample = batch(train_sample(family, load_reference(family).expected["adamw_sample"]))
     results, calls = {}, {}
@@ -76,7 +83,7 @@ def test_recompute_works_where_gradients_only_pass_through():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_and_packing_change_nothing(family):
+def test_padding_and_packing_change_nothing(family, products):
     samples = [train_sample(family, number) for number in range(len(load_reference(family).expected["train_samples"]))]
     assert len({len(sample["input_ids"]) for sample in samples}) > 1
     model, parameters = fresh(family)
@@ -84,6 +91,32 @@ def test_padding_and_packing_change_nothing(family):
     assert_same(gradients(model, parameters, batch(*samples)), alone)
     assert_same(gradients(model, parameters, batch(*samples, packed=True)), alone)
     assert_same(gradients(model, parameters, batch(*samples, packed=True, tiles_per_row=40)), alone)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_scaling_is_by_the_length_of_each_sample(kind):
+    """Samples on both sides of the length from which dynamic NTK and longrope scale, padded and packed."""
+    samples = [train_sample("internlm2", number) for number in range(3)]
+    shortest, *_, longest = sorted(len(sample["input_ids"]) for sample in samples)
+    model, parameters = fresh("internlm2")
+    llm = model.config.llm_config
+    before = [gradients(model, parameters, batch(sample))[0] for sample in samples]
+    if kind == "dynamic":
+        llm.rope_scaling, llm.max_position_embeddings = {"type": "dynamic", "factor": 2.0}, shortest
+    else:
+        llm.rope_scaling = {
+            "type": "longrope",
+            "short_factor": [1.0] * (llm.head_dim // 2),
+            "long_factor": np.linspace(1, 8, llm.head_dim // 2).tolist(),
+        }
+        llm.max_position_embeddings = shortest
+    assert llm.rope_type == kind and shortest < longest
+    alone = [gradients(model, parameters, batch(sample))[0] for sample in samples]
+    scaled = [len(sample["input_ids"]) > shortest for sample in samples]
+    assert [abs(a / b - 1) > 1e-5 for a, b in zip(alone, before)] == scaled
+    together = gradients(model, parameters, *(batch(sample) for sample in samples))
+    assert_same(gradients(model, parameters, batch(*samples)), together)
+    assert_same(gradients(model, parameters, batch(*samples, packed=True)), together)
 
 
 def test_long_losses_are_computed_in_parts():

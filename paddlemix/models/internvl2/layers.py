@@ -4,13 +4,15 @@ Each function picks the kernel for the device and dtype at hand, so that a model
 Tensor shapes in comments: B batch, N queries, S keys, H query heads, K key/value heads, D head width.
 """
 
+import math
+
 import numpy as np
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
 from paddle.nn.functional import swiglu
 
-from paddlemix.kernels import fused
+from paddlemix.kernels import fused, gemm
 
 __all__ = ["AttentionMask", "LayerNorm", "Linear", "RMSNorm", "apply_rope", "attention", "swiglu", "take_rows"]
 
@@ -26,9 +28,10 @@ class Linear(nn.Linear):
 
     def forward(self, x, gelu=False, scale=None, residual=None):
         """``x [..., in] -> [..., out]``; ``scale [out]`` and ``residual [..., out]`` are optional."""
-        y = F.linear(x, self.weight, self.bias)
+        suits = gemm.suits(math.prod(x.shape) * self.weight.shape[1], x, self.weight)
+        y = (gemm.linear if suits else F.linear)(x, self.weight, self.bias)
         if gelu:
-            y = F.gelu(y)
+            y = gemm.gelu(y) if suits and y.stop_gradient else F.gelu(y)
         if scale is not None:
             y = y * scale
         return y if residual is None else residual + y
@@ -158,6 +161,20 @@ class AttentionMask:
 
         return self._keep("first_hidden", keys, keys, make)
 
+    def spans(self, batch, keys):
+        """Runs of positions that see each other, ``(row, start, stop)`` each; none for padding on the left.
+
+        Says the same as :meth:`bias` where the queries are all positions, a segment being one run of equal numbers.
+        """
+        starts = np.zeros(batch, int) if self.starts is None else self.starts
+        spans = []
+        for row in range(batch):
+            segments = np.zeros(keys) if self.segments is None else self.segments[row, :keys]
+            cuts = np.flatnonzero(segments[1:] != segments[:-1]) + 1
+            edges = [int(starts[row]), *(int(cut) for cut in cuts if cut > starts[row]), keys]
+            spans += [(row, *edge) for edge in zip(edges, edges[1:])]
+        return spans
+
 
 def attention(q, k, v, mask=None):
     """Scaled dot-product attention with grouped queries.
@@ -178,6 +195,9 @@ def attention(q, k, v, mask=None):
     out = None
     if kernel != "plain" and queries > 1:  # one query is no work for a kernel that saves memory
         out = fused.attention(kernel, q, k, v, mask)
+    if out is None and queries == keys and gemm.suits(math.prod(q.shape) * keys, q, k, v):
+        spans = (AttentionMask() if mask is None else mask).spans(batch, keys)
+        out = gemm.attention(q, k, v, spans, causal=mask is not None)
     if out is None:
         out = _plain_attention(q, k, v, None if mask is None else mask.bias(queries, keys))
     return out.reshape([batch, queries, heads * width])
