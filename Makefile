@@ -43,7 +43,7 @@ test: install
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow and not npu"
 
-# On the stand-in for Ascend (needs g++); then all else with the setting that Ascend needs, which changes what views are.
+# On the stand-in for Ascend (needs g++); then the quick tests with the setting that Ascend needs, which changes what views are.
 test-npu: install
 	$(BIN)/python -m pytest -m npu
 	FLAGS_use_stride_kernel=0 $(BIN)/python -m pytest -m "not slow and not npu"

@@ -14,6 +14,9 @@ from paddlemix.errors import DeviceError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# The kind that the published training settings are for.
+PUBLISHED = "gpu"
+
 # What the Ascend plug-in reads from the environment when Paddle is imported; tools/npu/env.sh says why.
 _NPU_FLAGS = ("FLAGS_npu_storage_format", "FLAGS_npu_jit_compile", "FLAGS_npu_scale_aclnn", "FLAGS_npu_split_aclnn")
 
@@ -142,6 +145,20 @@ def fused_kernel(function, dtype):
         if kind == "gpu" and not supports_bfloat16():
             return None
     return name
+
+
+def never_holds_scores(kind, dtype):
+    """Whether attention in ``dtype`` on a kind of device, which need not be here, can be counted on not to keep its scores.
+
+    On GPU in bfloat16 alone: float16 is for cards that have no such kernel (V100), and whether the Ascend plug-in has its own
+    shows only there.
+    """
+    return kind == "gpu" and dtype == "bfloat16"
+
+
+def brought(tensor):
+    """``tensor`` on the device in use: Paddle leaves the gradient of an embedding on CPU, where it had to be computed there."""
+    return tensor.to(paddle.get_device()) if tensor.place.is_cpu_place() and not is_cpu() else tensor
 
 
 def synchronize():

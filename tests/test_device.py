@@ -106,6 +106,25 @@ def test_dtypes(monkeypatch, kind, capability, auto, refused):
         device.resolve_dtype("int8")
 
 
+def test_what_is_left_on_cpu_is_brought_to_the_device(monkeypatch):
+    x, moved = paddle.ones([2]), []
+    assert device.brought(x) is x
+    monkeypatch.setattr(device, "current", lambda: "npu")
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "npu:1")
+    monkeypatch.setattr(paddle, "get_device", lambda: "npu:1")
+    monkeypatch.setattr(paddle.Tensor, "to", lambda tensor, place: moved.append(place))
+    device.brought(x)
+    assert moved == ["npu:1"]
+
+
+@pytest.mark.parametrize(
+    "kind, dtype, never",
+    [("gpu", "bfloat16", True), ("gpu", "float16", False), ("gpu", None, False), ("npu", "bfloat16", False)],
+)
+def test_memory_is_planned_for_attention_that_may_not_be_fused(kind, dtype, never):
+    assert device.never_holds_scores(kind, dtype) == never
+
+
 def test_memory_of_the_machine():
     x = paddle.ones([2**20])
     assert 4 * x.size < device.peak_memory() < device.total_memory()

@@ -14,8 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from paddlemix.training.log import read_log
 from tests.conftest import REFERENCE
+from tests.datasets.internvl2.helpers import write_meta
+from tests.training.helpers import RECORDS
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ROOT / "paddlemix" / "examples" / "internvl2"
@@ -28,7 +32,7 @@ pytestmark = [
 
 
 def build(folder, *more):
-    """Environment in which Paddle finds a stand-in built into ``folder``."""
+    """Environment in which Paddle finds a stand-in built into ``folder``, with the settings of tools/npu/env.sh."""
     script = ROOT / "tests" / "fake_npu" / "build.sh"
     done = subprocess.run(["bash", script, sys.executable, folder, *more], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -45,7 +49,7 @@ def build(folder, *more):
 @pytest.fixture(scope="module")
 def npu(tmp_path_factory):
     """Environment with two stand-in devices."""
-    return build(tmp_path_factory.mktemp("npu"))
+    return build(tmp_path_factory.mktemp("npu", numbered=False))
 
 
 def run(arguments, environment, code=0):
@@ -85,6 +89,49 @@ def test_chat_commands(npu, command, flags):
     }
     assert answers["npu:0"] == answers["cpu"]
     assert len(answers["cpu"]) > 10
+
+
+TRAIN = COMMANDS / "shell" / "internvl2.0" / "2nd_finetune" / "internvl2_1b_qwen2_0_5b_dynamic_res_2nd_finetune_full.sh"
+TRAIN_FLAGS = "--force_image_size 112 --max_dynamic_patch 3 --max_steps 5 --learning_rate 2e-3 --dataloader_num_workers 0"
+TRAIN_FLAGS += " --report_to none --save_strategy no --disable_tqdm True"
+
+
+def train(folder, device, gpus, *flags):
+    """Run a shell script of fine-tuning; returns losses by step and ``{name: array}`` of what it saved.
+
+    The settings of tools/npu/env.sh are left to the script.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("FLAGS_", "CUSTOM_DEVICE_BLACK"))}
+    environment |= {"DEVICE": device, "GPUS": str(gpus), "BATCH_SIZE": "4", "PER_DEVICE_BATCH_SIZE": "1", "PRECISION": "fp32"}
+    environment |= {"MODEL": str(REFERENCE / "qwen2" / "checkpoint"), "META": str(write_meta(folder, RECORDS))}
+    environment |= {"OUTPUT_DIR": str(folder / "out"), "PYTHON": sys.executable}
+    environment |= {"CUSTOM_DEVICE_ROOT": str(folder.parent / "npu")}
+    command = ["sh", str(TRAIN), *TRAIN_FLAGS.split(), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert f"on {gpus} x {device}" in done.stdout + done.stderr
+    found = {row["step"]: row["loss"] for row in read_log(str(folder / "out" / "train_log.jsonl")) if "loss" in row}
+    return found, load_file(folder / "out" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def cpu_training(npu, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "cpu"
+    folder.mkdir()
+    return train(folder, "cpu", 1)
+
+
+@pytest.mark.parametrize("gpus, sharding", [(1, "stage1"), (2, ""), (2, "stage2"), (2, "stage3")])
+def test_fine_tuning_by_the_scripts(npu, cpu_training, tmp_path_factory, gpus, sharding):
+    folder = tmp_path_factory.getbasetemp() / f"{gpus}{sharding}"
+    folder.mkdir()
+    found, weights = train(folder, "npu", gpus, "--sharding", sharding)
+    losses, expected = cpu_training
+    assert found == pytest.approx(losses, rel=1e-5) and len(found) == 5
+    assert found[5] < 0.9 * found[1]
+    assert weights.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.abs(weights[name] - value).max() < 1e-4, name
 
 
 def test_choices_are_told(npu):

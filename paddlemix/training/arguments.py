@@ -134,7 +134,9 @@ class PreTrainingArguments:
     scale_loss: float = _arg(2.0**15, "with --fp16: the first loss scale")
     recompute: bool = _arg(False, "compute activations again for gradients instead of keeping them")
     sharding: str = _arg(
-        "", "divide over processes: optimizer states (stage1), gradients too (stage2)", ("", "stage1", "stage2")
+        "",
+        "divide over processes: optimizer states (stage1), gradients too (stage2), and weights too (stage3, with --recompute)",
+        ("", "stage1", "stage2", "stage3"),
     )
     sharding_parallel_degree: int = _arg(-1, "processes to divide over: all")
 
@@ -164,6 +166,8 @@ class PreTrainingArguments:
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        if self.sharding == "stage3":
+            self.recompute = True  # the weights of a block are gone by the time of its backward pass
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"--warmup_ratio is {self.warmup_ratio}: it must be from 0 to 1")
         if self.eval_steps is None:

@@ -19,13 +19,15 @@ _log = logging.getLogger(__name__)
 NEW_TOKENS = "<img> </img> <IMG_CONTEXT> <quad> </quad> <ref> </ref> <box> </box>".split()
 
 
-def build_model(model_args, data_args, dtype, checkpoint=None):
+def build_model(model_args, data_args, dtype, checkpoint=None, keep=None):
     """The model and its tokenizer.
 
     Args:
         model_args, data_args: the trainer's arguments; what they say about tiles and templates goes into the configuration.
         dtype: of the weights.
         checkpoint: directory of a checkpoint to go on from, instead of the model that the arguments name.
+        keep: called with the configuration; what it returns is called with names of parameters, and those for which it is
+            False are left without memory. Not for a model that is put together.
 
     Returns:
         (model, tokenizer, directory that the model came from or None).
@@ -40,7 +42,8 @@ def build_model(model_args, data_args, dtype, checkpoint=None):
     else:
         directory = resolve(checkpoint or model_args.model_name_or_path)
         tokenizer = load_tokenizer(directory)
-        model = InternVLChatModel.from_pretrained(directory, dtype=dtype, engine="eager")
+        chosen = None if keep is None else keep(InternVLChatConfig.from_pretrained(directory))
+        model = InternVLChatModel.from_pretrained(directory, dtype=dtype, engine="eager", keep=chosen)
         new = tokenizer.add_tokens(NEW_TOKENS)
         if new:
             raise ConfigError(

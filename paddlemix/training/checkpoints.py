@@ -14,12 +14,13 @@ import shutil
 from safetensors.numpy import load_file, save_file
 
 from paddlemix.errors import CheckpointError, ConfigError
+from paddlemix.models.internvl2.checkpoint import save_checkpoint
 
 _STATE = "trainer_state.json"
 _UNFINISHED = "unfinished-checkpoint"
 
 
-def save_model(model, tokenizer, directory, source=None):
+def save_model(model, tokenizer, directory, source=None, weights=None):
     """Write a model in the original's layout with all that an engine needs to load it.
 
     Args:
@@ -27,10 +28,12 @@ def save_model(model, tokenizer, directory, source=None):
         tokenizer: its tokenizer.
         directory: is made if it does not exist.
         source: directory that the model came from, whose further small files go along (remote code, preprocessor).
+        weights: ``{name: array}``, where the model itself does not have them all.
     """
     dtype = str(model.mlp1["1"].weight.dtype).removeprefix("paddle.")
     model.config.extra["torch_dtype"] = dtype
-    model.save_pretrained(directory, layout="torch")
+    save_checkpoint(weights or model, model.config, directory)
+    model.config.save(directory)
     tokenizer.save_pretrained(directory)
     for pattern in ("generation_config.json", "preprocessor_config.json", "*.py"):
         for path in glob.glob(os.path.join(glob.escape(source), pattern)) if source else ():

@@ -5,7 +5,7 @@ no average, fleet's stages 2 and 3 refuse to run on CPU, and its sharding fixes 
 checkpoint fits one number of processes only. Here all of it runs, and is tested, on CPU.
 
 ZeRO (arXiv 1910.02054) by whole parameters: each has an owner, which keeps its moments (stage 1) and the sum of its
-gradients (stage 2), updates it and sends it to the others.
+gradients (stage 2), updates it and sends it to the others. With stage 3 it alone keeps the weight; see ``sharding.py``.
 """
 
 import math
@@ -15,6 +15,8 @@ import paddle
 import paddle.distributed as dist
 
 from paddlemix import device
+
+from .plan import divide
 
 _BUCKET = 2**25  # numbers that are sent at once
 
@@ -36,8 +38,8 @@ class Optimizer:
         self.loss_scale = args.scale_loss if args.fp16 and not device.is_cpu() else 1.0
         self._dynamic, self._good_steps = self.loss_scale != 1.0, 0
         self._float_sums = args.amp_master_grad and any(p.dtype != paddle.float32 for p in parameters.values())
-        self._sums = {}
-        self.owners = self._divide()
+        self._sums, self._collected = {}, set()
+        self.owners = divide({name: p.size for name, p in parameters.items()}, self.world)
         self.owned = {name: p for name, p in parameters.items() if self.stage == 0 or self.owners[name] == self.rank}
         self.masters = {name: p if p.dtype == paddle.float32 else _float_parameter(p) for name, p in self.owned.items()}
         decayed = {self.masters[name].name for name in self.owned if (decays or _decays)(name)}
@@ -51,61 +53,64 @@ class Optimizer:
             apply_decay_param_fun=decayed.__contains__,
         )
 
-    def _divide(self):
-        """Owner of each parameter: the largest go first, each to the process that has least."""
-        loads, owners = [0] * self.world, {}
-        for name in sorted(self.parameters, key=lambda name: (-self.parameters[name].size, name)):
-            owners[name] = min(range(self.world), key=loads.__getitem__)
-            loads[owners[name]] += self.parameters[name].size
-        return owners
-
     # ------------------------------------------------------------------ gradients
 
     @paddle.no_grad()
     def accumulate(self):
-        """Call after the backward pass of every batch: with stage 2, sums over processes and frees what others own."""
-        if self.stage == 2:
-            self._reduce()
-        if self.stage == 2 or self._float_sums:
+        """Call after the backward pass of every batch: from stage 2 on, collects all that was not collected during it."""
+        if self.stage >= 2:
+            self.collect([name for name in self.parameters if name not in self._collected])
+            self._collected.clear()
+        elif self._float_sums:
             for name, p in self.parameters.items():
-                if p.grad is not None and (self.stage < 2 or name in self.owned):
-                    if name in self._sums:
-                        self._sums[name].add_(_as_float(p.grad))
-                    else:
-                        # A copy in any case: whatever shares memory with p.grad loses it below.
-                        self._sums[name] = p.grad.astype("float32") if p.grad.dtype != paddle.float32 else p.grad.clone()
-                p.grad = None
+                if p.grad is not None:
+                    self._add(name, p.grad.clone())  # whatever shares memory with p.grad loses it in the next line
+                    p.grad = None
+
+    @paddle.no_grad()
+    def collect(self, names):
+        """From stage 2 on: sum the gradients of ``names`` over processes, keep the owner's, and free all others."""
+        for name, gradient in self._reduced(names):
+            self._add(name, gradient)
+        self._collected.update(names)
+
+    def _add(self, name, gradient):
+        # Not in place: Paddle leaves the result of an operator that falls back to CPU there.
+        gradient = _as_float(gradient)
+        self._sums[name] = self._sums[name] + gradient if name in self._sums else gradient
 
     def _gradient(self, name):
         """What came together so far; a parameter that no sample here reached takes part in sums like any other."""
         gradient = self._sums.get(name, self.parameters[name].grad)
         return paddle.zeros_like(self.parameters[name]) if gradient is None else gradient
 
-    def _reduce(self):
-        """Replace gradients by their sums over all processes: in every process, or in the owner with sharding."""
-        sums = self._sums if self._float_sums and self.stage < 2 else {}
-        for owner, names in self._buckets("float32" if sums else None):
-            gradients = [sums.get(name, self.parameters[name].grad) for name in names]
-            dtype = "float32" if sums else self.parameters[names[0]].dtype
-            gradients = [
-                paddle.zeros(self.parameters[name].shape, dtype) if g is None else g for name, g in zip(names, gradients)
-            ]
-            flat = paddle.concat([g.reshape([-1]) for g in gradients])
+    def _reduced(self, chosen):
+        """Yield (name, sum over processes) of gradients, which are freed: in every process, or in the owner with sharding."""
+        wide = self._float_sums and self.stage < 2
+        for owner, names in self._buckets(chosen, "float32" if wide else None):
+            sizes, parts = [self.parameters[name].size for name in names], []
+            for name, size in zip(names, sizes):
+                p = self.parameters[name]
+                gradient = self._sums.pop(name, None) if wide else p.grad
+                if gradient is None:
+                    gradient = paddle.zeros([size], "float32" if wide else p.dtype)
+                parts.append(device.brought(gradient).reshape([-1]))
+            flat = paddle.concat(parts)
+            for name in names:
+                self.parameters[name].grad = None
             if self.stage:
                 dist.reduce(flat, dst=owner)
             else:
                 dist.all_reduce(flat)
             if self.stage == 0 or owner == self.rank:
-                for name, g, part in zip(names, gradients, flat.split([g.size for g in gradients])):
-                    if sums:
-                        sums[name] = part.reshape(g.shape)
-                    else:
-                        self.parameters[name].grad = part.reshape(g.shape)
+                for name, part in zip(names, flat.split(sizes)):
+                    yield name, part.reshape(self.parameters[name].shape)
 
-    def _buckets(self, dtype=None):
+    def _buckets(self, chosen, dtype=None):
         """Lists of names that travel together, with their owner: all of one dtype, if not all gradients are of ``dtype``."""
         groups = {}
-        for name, p in self.parameters.items():
+        for name in chosen:
+            p = self.parameters[name]
             groups.setdefault((self.owners[name] if self.stage else 0, dtype or p.dtype), []).append(name)
         for (owner, _), names in groups.items():
             bucket, size = [], 0
@@ -128,11 +133,11 @@ class Optimizer:
             loss scale that is part of finding it, otherwise something is wrong.
         """
         if self.world > 1 and self.stage < 2:
-            self._reduce()
+            self._sums = dict(self._reduced(self.parameters))
         gradients = {name: _as_float(self._gradient(name)) for name in self.owned}
         square = paddle.zeros([], "float32")
         for gradient in gradients.values():
-            square += gradient.square().sum()
+            square = square + gradient.square().sum()
         if self.stage:
             dist.all_reduce(square)
         norm = math.sqrt(float(square)) / self.loss_scale if math.isfinite(float(square)) else math.nan
@@ -140,7 +145,9 @@ class Optimizer:
             limit = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
             factor = limit / self.loss_scale
             for name, master in self.masters.items():
-                master.grad = gradients[name].scale_(factor) if factor != 1.0 else gradients[name]
+                gradient = gradients[name] * factor
+                master.grad = None  # or the new one is copied into it, wherever it is
+                master.grad = gradient
             self._adamw.set_lr(learning_rate)
             with paddle.utils.unique_name.guard():  # states are named when first made: alike for every optimiser
                 self._adamw.step()
@@ -156,11 +163,11 @@ class Optimizer:
             p.grad = None
 
     def _publish(self):
-        """Give every process the new weights."""
+        """Give the new weights to every process that keeps them."""
         for name, master in self.masters.items():
             if master is not self.parameters[name]:
                 self.parameters[name].set_value(master.astype(self.parameters[name].dtype))
-        if self.stage:
+        if self.stage in (1, 2):
             for name, p in self.parameters.items():
                 dist.broadcast(p, src=self.owners[name])
 
@@ -208,6 +215,7 @@ class Optimizer:
 
 
 def _as_float(gradient):
+    gradient = device.brought(gradient)
     return gradient if gradient.dtype == paddle.float32 else gradient.astype("float32")
 
 

@@ -15,6 +15,7 @@ import re
 import sys
 from dataclasses import dataclass
 
+from paddlemix import device
 from paddlemix.datasets.internvl2.records import read_meta
 from paddlemix.errors import ConfigError, DataError, DeviceError, user_errors_exit
 from paddlemix.models.internvl2.adapters import with_adapters
@@ -187,9 +188,15 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
     trained = {name: size for name, (size, learned) in counts.items() if learned}
     learned = sum(trained.values())
     stage = int(train_args.sharding[-1]) if train_args.sharding and processes > 1 else 0
-    owned = largest_share(trained.values(), processes) if stage else learned
+    owners = divide(trained, processes)
+    owned = _largest_share(trained, owners, processes) if stage else learned
     gradients = weight * learned  # what the backward pass leaves
-    if stage == 2:
+    gone = 0  # by the time of the update
+    if stage == 3:
+        total, least, gradients = _divided_weights(counts, processes)
+        gradients *= weight
+        gone = weight * (total - least) + gradients
+    if stage >= 2:
         gradients += 4 * owned
     elif train_args.amp_master_grad:
         gradients += 4 * learned
@@ -200,16 +207,68 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
         _language_activations(config, batch, element, flash, train_args.recompute, _adapter_inputs(config, counts)),
     )
     activations = sum(kept) + max(moments)
-    # float32 copies of the gradients, and these again after scaling
-    return Memory(weight * total, 8 * owned + masters, gradients, activations, 8 * owned)
+    # float32 copies of the gradients where they are not sums in float32 already, and these again after scaling
+    update = 4 * owned * (2 if weight == 2 and not (stage >= 2 or train_args.amp_master_grad) else 1)
+    return Memory(weight * total, 8 * owned + masters, gradients, activations, max(update - gone, 0))
 
 
-def largest_share(sizes, processes):
-    """Values that the fullest process owns when whole parameters are dealt out, the largest first."""
+def divide(sizes, processes):
+    """Owner of each parameter: the largest go first, each to the process that has least.
+
+    Args:
+        sizes: ``{name: number of values}``.
+        processes: how many there are.
+
+    Returns:
+        ``{name: number of a process}``.
+    """
+    loads, owners = [0] * processes, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owners[name] = loads.index(min(loads))
+        loads[owners[name]] += sizes[name]
+    return owners
+
+
+def deal(counts, processes):
+    """:func:`divide` with stage 3, what is trained and what is frozen separately; ``counts`` as from :func:`parameters`."""
+    owners = {}
+    for wanted in (True, False):
+        owners |= divide({name: size for name, (size, learned) in counts.items() if learned == wanted}, processes)
+    return owners
+
+
+def _largest_share(sizes, owners, processes):
+    """Values that the fullest process keeps of ``sizes``."""
     loads = [0] * processes
-    for size in sorted(sizes, reverse=True):
-        loads[loads.index(min(loads))] += size
+    for name, size in sizes.items():
+        loads[owners[name]] += size
     return max(loads)
+
+
+_BLOCK = re.compile(r"(?:vision_model\.encoder|language_model\.model)\.layers\.\d+\.")
+
+
+def _divided_weights(counts, processes):
+    """With stage 3, in values: the most weights that a process has at once, those that it owns, and gradients before sums.
+
+    At most what it owns, what is outside the blocks, and one block; see :mod:`~.sharding`.
+    """
+    owners, blocks, learning = deal(counts, processes), {}, {}
+    outside = learning_outside = 0
+    inside, owned = [0] * processes, [0] * processes
+    for name, (size, learned) in counts.items():
+        block = _BLOCK.match(name)
+        owned[owners[name]] += size
+        if block:
+            inside[owners[name]] += size
+            blocks[block[0]] = blocks.get(block[0], 0) + size
+            learning[block[0]] = learning.get(block[0], 0) + size * learned
+        else:
+            outside += size
+            learning_outside += size * learned
+    largest = max(learning.values(), default=0)
+    # The gradients of a block, and the same once more in one piece that is sent.
+    return max(inside) + outside + max(blocks.values(), default=0), max(owned), learning_outside + 2 * largest
 
 
 def _adapter_inputs(config, counts):
@@ -309,13 +368,12 @@ def plan(config, model_args, data_args, train_args, processes, kind):
     Returns:
         (counts as from :func:`parameters`, :class:`Batch`, :class:`Memory`).
     """
-    if kind == "cpu":  # always trains in float32
+    if device.is_cpu(kind):  # always trains in float32
         train_args = dataclasses.replace(train_args, bf16=False, fp16=False, amp_master_grad=False)
     counts = parameters(config, model_args)
     batch = largest_batch(config, data_args, train_args)
     frozen = not any(learned for name, (_, learned) in counts.items() if name.startswith("vision_model."))
-    # As device.attention_kernel: flash attention is for bfloat16 on GPU (float16 means V100 here), and has no packed rows.
-    flash = kind == "gpu" and train_args.half == "bfloat16" and not data_args.use_packed_ds
+    flash = device.never_holds_scores(kind, train_args.half) and not data_args.use_packed_ds
     needed = memory(config, counts, train_args, batch, processes, flash, frozen, data_args.force_image_size)
     return counts, batch, needed
 
@@ -347,7 +405,7 @@ def describe(config, model_args, data_args, train_args, processes, kind, device_
         ("peak", needed.peak + OVERHEAD),
     ):
         lines.append(f"  {title:20}{value / GB:13,.1f}")
-    share = processes if kind == "cpu" else 1  # processes on CPU share one memory
+    share = processes if device.is_cpu(kind) else 1  # processes on CPU share one memory
     if device_memory is None:
         lines.append(f"  there is no {kind} here to compare with: give --device_memory GB")
     elif (needed.peak + OVERHEAD) * share > device_memory:
@@ -404,7 +462,7 @@ def memory_table():
                 recompute=True,
                 sharding="stage2" if size >= (26 if lora else 8) else "stage1",
             )
-            _, _, needed = plan(config, model_args, data_args, train_args, processes, "gpu")
+            _, _, needed = plan(config, model_args, data_args, train_args, processes, device.PUBLISHED)
             values = (needed.weights, needed.optimizer, needed.gradients, needed.activations, needed.peak + OVERHEAD)
             cells = " | ".join(f"{value / GB:.1f}" for value in values)
             rows.append(f"| {name} | {method} | {processes} | {per_device} | {cells} |")
@@ -436,8 +494,6 @@ def main(argv=None):
         return
     *arguments, own = parse(argv, prog="python -m paddlemix.training.plan", extra=(PlanArguments,))
     model_args, _, train_args = arguments
-    from paddlemix import device
-
     total = None if own.device_memory is None else own.device_memory * GB
     kind = train_args.device.split(":")[0]
     try:

@@ -27,6 +27,7 @@ from paddlemix.datasets.internvl2 import (
     SampleOrder,
     TrainBatchSampler,
     measure,
+    rows_per_epoch,
     sequential_batches,
 )
 from paddlemix.errors import ConfigError, TrainingError, UserError
@@ -35,8 +36,9 @@ from .building import build_model, prepare, train_mode
 from .checkpoints import Checkpoints, read_optimizer, read_state, save_model
 from .log import TrainLog, peak_flops, training_flops
 from .optimizer import Optimizer
-from .plan import count_steps
+from .plan import count_steps, deal, parameters
 from .processes import Processes
+from .sharding import ShardedWeights
 
 
 def learning_rate(step, total, args):
@@ -108,6 +110,10 @@ class SampledBatches:
         """What resuming needs beside the step."""
         return {"global_batch": self.sampler.global_batch}
 
+    def epoch(self, step):
+        """Passes over the data in so many steps, a fraction."""
+        return step / self.sampler.steps_per_epoch
+
     def check(self, state):
         """Raise ConfigError where a run with ``state`` had other steps."""
         if state["global_batch"] != self.sampler.global_batch:
@@ -133,6 +139,10 @@ class PackedRows:
         """The position in the data."""
         return {"packed": self.batches.state_dict()}
 
+    def epoch(self, step):
+        """Passes over the data so far, a fraction; by the samples that this process took."""
+        return self.batches.epoch
+
     def check(self, state):
         """Raise ConfigError where ``state`` is not of packed rows."""
         if "packed" not in state:
@@ -153,8 +163,6 @@ def training_data(model, tokenizer, data_args, args, processes):
     """
     changes = {}
     if data_args.use_packed_ds:
-        if args.max_steps < 1:
-            raise ConfigError("--use_packed_ds needs --max_steps: how many rows the data make is not known before")
         changes = dict(
             max_seq_length=min(data_args.max_seq_length, data_args.max_packed_tokens), max_tiles=data_args.num_images_expected
         )
@@ -165,23 +173,29 @@ def training_data(model, tokenizer, data_args, args, processes):
         pad_token_id=tokenizer.pad_token_id or 0,
         loss_reduction=data_args.loss_reduction,
         tiles_per_row=data_args.num_images_expected if strict else None,
+        blank_tile=args.sharding == "stage3",  # all processes run the vision tower, or none
     )
     order = SampleOrder(
         dataset.source_sizes(), args.seed, resample=data_args.use_data_resampling, replacement=data_args.replacement
     )
     share = dict(rank=processes.rank, world=processes.world)
+    cache = os.path.join(args.output_dir, "lengths")
     if data_args.use_packed_ds:
-        packer = Packer(
-            data_args.max_packed_tokens, data_args.num_images_expected, data_args.max_buffer_size, data_args.allow_overflow
-        )
+        limits = data_args.max_packed_tokens, data_args.num_images_expected
+        packer = Packer(*limits, data_args.max_buffer_size, data_args.allow_overflow)
         batches = PackedBatches(
             dataset, order, packer, collator, args.per_device_train_batch_size, **share, num_workers=args.dataloader_num_workers
         )
-        return PackedRows(batches), args.max_steps
+        steps = args.max_steps
+        if steps < 1:
+            tokens, tiles = processes.first_then_others(lambda: measure(dataset, cache))
+            rows = rows_per_epoch(order, Packer(*limits, data_args.max_buffer_size), tokens, tiles)
+            at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world
+            steps = math.ceil(rows * args.num_train_epochs / at_once)
+        return PackedRows(batches), steps
     group, balance = args.group_by_length and args.per_device_train_batch_size > 1, processes.world > 1
     tokens = tiles = None
     if group or balance:
-        cache = os.path.join(args.output_dir, "lengths")
         tokens, tiles = processes.first_then_others(lambda: measure(dataset, cache))
     steps = count_steps(len(dataset), args, processes.world)
     sampler = TrainBatchSampler(
@@ -206,7 +220,8 @@ def validation_data(model, tokenizer, data_args, args, processes):
     batches = sequential_batches(len(dataset), args.per_device_eval_batch_size, processes.rank, processes.world)
     if args.max_evaluate_steps > 0:
         batches = batches[: args.max_evaluate_steps]
-    loader = BatchLoader(dataset, batches, Collator(tokenizer.pad_token_id or 0), args.dataloader_num_workers)
+    collator = Collator(tokenizer.pad_token_id or 0, blank_tile=args.sharding == "stage3")
+    loader = BatchLoader(dataset, batches, collator, args.dataloader_num_workers)
     return lambda: iter(loader)
 
 
@@ -226,11 +241,13 @@ class Trainer:
 
     Attributes:
         optimizer: the :class:`Optimizer`.
+        weights: :class:`ShardedWeights` with stage 3, otherwise None.
     """
 
     def __init__(self, model, parameters, args, processes, total, decays=None):
         self.model, self.args, self.processes, self.total = model, args, processes, total
         self.optimizer = Optimizer(parameters, args, decays)
+        self.weights = ShardedWeights(model, self.optimizer) if self.optimizer.stage == 3 else None
         self.half = None if device.is_cpu() else args.half
 
     def _autocast(self):
@@ -264,6 +281,8 @@ class Trainer:
             loss = self._loss(batch) * (weight / total)
             (loss * self.optimizer.loss_scale).backward()
             self.optimizer.accumulate()
+            if self.weights:
+                self.weights.end_backward()
             losses.append(loss.detach())
         losses = [float(loss) for loss in losses]
         (loss,) = self.processes.sum([sum(losses)])
@@ -290,12 +309,30 @@ class Trainer:
         """Mean loss over all labels of ``batches`` and of those of the other processes."""
         self.model.eval()
         loss = weight = 0.0
-        for batch in batches:
+        for batch in batches if self.weights is None else self._in_step(batches):
             own = BatchStats(batch).weight
             loss, weight = loss + float(self._loss(batch)) * own, weight + own
         train_mode(self.model)
         loss, weight = self.processes.sum([loss, weight])
         return loss / max(weight, 1.0)
+
+    def _in_step(self, batches):
+        """``batches``; while other processes have more of them, helps with theirs."""
+        batches = iter(batches)
+        while True:
+            batch = next(batches, None)
+            (busy,) = self.processes.sum([batch is not None])
+            if batch is not None:
+                yield batch
+            elif busy:
+                self.weights.attend()
+            else:
+                return
+
+    def save(self, tokenizer, source):
+        """Function that writes the model to a directory; all processes call this, and the first one what it returns."""
+        weights = self.weights and self.weights.whole()
+        return lambda directory: save_model(self.model, tokenizer, directory, source, weights)
 
 
 def _due(strategy, every, done, total, epoch_ends):
@@ -325,12 +362,13 @@ def finetune(model_args, data_args, args):
     half = None if device.is_cpu() else args.half
     dtype = half if half and args.fp16_opt_level == "O2" else "float32"
     paddle.seed(args.seed)  # new weights are alike in all processes
-    model, tokenizer, source = build_model(model_args, data_args, dtype, resumed)
-    parameters = prepare(model, model_args, args.recompute or model_args.grad_checkpoint)
+    keep = _owned(model_args, processes) if args.sharding == "stage3" else None
+    model, tokenizer, source = build_model(model_args, data_args, dtype, resumed, keep)
+    trained = prepare(model, model_args, args.recompute or model_args.grad_checkpoint)
 
     data, total = training_data(model, tokenizer, data_args, args, processes) if args.do_train else (None, 0)
     validation = validation_data(model, tokenizer, data_args, args, processes)
-    trainer = Trainer(model, parameters, args, processes, total)
+    trainer = Trainer(model, trained, args, processes, total)
     done, state = 0, None
     if resumed and args.do_train and not args.ignore_load_lr_and_optim:
         done, states = read_state(resumed)
@@ -352,9 +390,21 @@ def finetune(model_args, data_args, args):
                 run.evaluate(done)
     finally:
         log.close()
-    if args.do_train and processes.is_first:
-        save_model(model, tokenizer, args.output_dir, source)
+    if args.do_train:
+        write = trainer.save(tokenizer, source)
+        if processes.is_first:
+            write(args.output_dir)
     processes.wait()
+
+
+def _owned(model_args, processes):
+    """For :func:`build_model`: keeps what this process owns with stage 3."""
+
+    def keep(config):
+        owners = deal(parameters(config, model_args), processes.world)
+        return lambda name: owners[name] == processes.rank
+
+    return keep
 
 
 class _Sigterm:
@@ -472,11 +522,10 @@ class _Run:
             "memory_gb": device.peak_memory() / 1e9,
             "padding": 1 - tokens / places,
             "bad_samples": self.bad_samples.bad,
+            "epoch": self.data.epoch(done),
         }
         if self.args.fp16:
             values["loss_scale"] = self.trainer.optimizer.loss_scale
-        if not isinstance(self.data, PackedRows):
-            values["epoch"] = done / self.data.sampler.steps_per_epoch
         self.log.write(done, values)
         self._reset()
 
@@ -490,13 +539,10 @@ class _Run:
         self._reset()
 
     def _save(self, done):
-        tokenizer, source = self.origin
         optimizer = self.trainer.optimizer
         arrays = optimizer.state() if optimizer.stage or self.processes.is_first else None
 
-        def write(directory):
-            save_model(self.trainer.model, tokenizer, directory, source)
-
+        write = self.trainer.save(*self.origin)
         self.checkpoints.save(done, write, arrays, self.data.state())
         self._reset()
 

@@ -128,7 +128,7 @@ def test_the_existing_ports_script_runs_unchanged():
         (["--learning_rates", "1"], "unrecognized arguments: --learning_rates"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--freeze_llm", "perhaps"], "'perhaps' is neither True nor False"),
-        (["--sharding", "stage3"], "stage3"),
+        (["--sharding", "stage4"], "stage4"),
         (["--warmup_ratio", "3"], "--warmup_ratio is 3.0: it must be from 0 to 1"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps is 0"),
         (["--min_dynamic_patch", "9"], "--min_dynamic_patch is 9: it must be 1 to 6"),

@@ -128,6 +128,22 @@ def test_epochs_end_where_the_data_do(tmp_path):
     assert [row["epoch"] for row in rows if "epoch" in row] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
 
 
+def test_packed_epochs_end_about_where_the_data_do_and_go_on_exactly(tmp_path, stop_after):
+    settings = [*MODES["packed"], "--max_steps", "-1", "--num_train_epochs", "4"]
+    run(tmp_path, *settings, output="whole")
+    rows = read_log(str(tmp_path / "whole" / "train_log.jsonl"))
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    passed = np.diff([0, *(row["epoch"] for row in rows)])
+    assert 3 < rows[-1]["epoch"] < 5 and (passed > 0).all()
+    assert rows[-1]["learning_rate"] == pytest.approx(rows[0]["learning_rate"] / len(rows))  # it decays to the end
+    stop_after(3)
+    with pytest.raises(SystemExit):
+        run(tmp_path, *settings)
+    stop_after(0)
+    run(tmp_path, *settings)
+    assert losses(tmp_path) == losses(tmp_path, "whole")
+
+
 def test_validation_is_the_mean_over_all_labels(tmp_path):
     """The same for any batch size, and the first training loss where nothing was learned yet."""
     meta = str(write_meta(tmp_path, RECORDS, "eval"))
@@ -180,7 +196,7 @@ def test_small_files_of_the_model_go_along(tmp_path):
         (["--conv_style", "vicuna"], Exception, "vicuna"),
         (["--down_sample_ratio", "0.25"], ConfigError, "--down_sample_ratio is 0.25, but the model's is 0.5"),
         (["--vision_select_layer", "-9"], ConfigError, "--vision_select_layer is -9, but the vision tower has 3 layers"),
-        (["--use_packed_ds", "True", "--max_steps", "-1"], ConfigError, "--use_packed_ds needs --max_steps"),
+        (["--use_packed_ds", "True", "--save_strategy", "epoch"], ConfigError, "--use_packed_ds has no common epochs"),
         (["--meta_path", "None"], ConfigError, "--meta_path is missing"),
         (["--do_eval"], ConfigError, "--eval_meta_path is missing"),
         (["--resume_from_checkpoint", str(REFERENCE / "qwen2" / "checkpoint")], CheckpointError, "has no trainer_state.json"),
@@ -222,7 +238,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 def test_the_command_says_one_sentence_and_exits_with_1(tmp_path):
     for arguments, message in (
         (["--output_dir", "x"], "error: no model to train"),
-        (["--model_name_or_path", "x", "--output_dir", "x", "--sharding", "stage3"], "invalid choice: 'stage3'"),
+        (["--model_name_or_path", "x", "--output_dir", "x", "--sharding", "stage4"], "invalid choice: 'stage4'"),
         (["settings.json"], "error: settings.json cannot be read"),
     ):
         result = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, cwd=tmp_path)
@@ -243,7 +259,7 @@ import os, signal, sys
 from paddlemix.models.internvl2 import weight_files
 from paddlemix.training import checkpoints
 real = checkpoints.save_model
-def save_model(model, tokenizer, directory, source=None):
+def save_model(model, tokenizer, directory, *rest):
     if directory.endswith("-4"):
         blocks = weight_files.blocks
         def dying(*args):
@@ -251,7 +267,7 @@ def save_model(model, tokenizer, directory, source=None):
             os.kill(os.getpid(), signal.SIGKILL)
         import paddlemix.models.internvl2.checkpoint as c
         c.blocks = dying
-    real(model, tokenizer, directory, source)
+    real(model, tokenizer, directory, *rest)
 import paddlemix.training.trainer as t
 t.save_model = save_model
 from paddlemix.training.arguments import parse

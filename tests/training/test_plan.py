@@ -39,6 +39,12 @@ def arguments(**train):
     return PreTrainingArguments(output_dir=".", **train)
 
 
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch):
+    """The plan counts what plain operators keep; those of kernels/gemm.py keep less."""
+    monkeypatch.setenv("PADDLEMIX_KERNELS", "plain")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counts_are_those_of_a_real_model(family):
     config = InternVLChatConfig.from_pretrained(str(load_reference(family).path))
@@ -101,15 +107,24 @@ def test_memory_of_states_by_hand():
     assert states(1, **half, sharding="stage2") == states(1, **half)
 
 
-def test_shares_are_those_of_the_optimizer(monkeypatch):
-    model = load_reference("qwen2").model
-    parameters = dict(model.language_model.named_parameters())
-    optimizer = Optimizer.__new__(Optimizer)
-    optimizer.parameters, optimizer.world = parameters, 3
-    loads = [0, 0, 0]
-    for name, owner in optimizer._divide().items():
-        loads[owner] += parameters[name].size
-    assert plan.largest_share([p.size for p in parameters.values()], 3) == max(loads)
+def test_memory_of_divided_weights_by_hand():
+    """Blocks 0 (600, trained) and that of the tower (400, frozen) are one process's, block 1 (300) and c (100) the other's."""
+    first, second, tower = "language_model.model.layers.0.", "language_model.model.layers.1.", "vision_model.encoder.layers.0."
+    counts = {first + "a": (600, True), second + "a": (300, True), tower + "b": (400, False), "mlp1.c": (100, True)}
+    train = arguments(bf16=True, fp16_opt_level="O2", amp_master_grad=True, sharding="stage3")
+    m = plan.memory(load_reference("qwen2").model.config, counts, train, Batch(1, 8, 1), 2, True, True, 112)
+    # its own blocks, what is outside blocks, and the largest block; gradients outside, and of a block with a copy to be sent
+    assert (m.weights, m.gradients) == (2 * (1000 + 100 + 600), 2 * (100 + 2 * 600) + 4 * 600)
+    assert m.optimizer == 12 * 600 and train.recompute
+
+
+def test_shares_are_about_equal():
+    sizes = {name: p.size for name, p in load_reference("qwen2").model.named_parameters()}
+    for processes in (1, 2, 3, 8):
+        owners = plan.divide(sizes, processes)
+        loads = [sum(size for name, size in sizes.items() if owners[name] == i) for i in range(processes)]
+        assert sum(loads) == sum(sizes.values())
+        assert max(loads) <= max(sum(sizes.values()) / processes * 1.05, max(sizes.values()))
 
 
 def allocated(run):

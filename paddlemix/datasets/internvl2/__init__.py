@@ -4,7 +4,7 @@ from .collate import Collator
 from .dataset import BadSampleLog, InternVLDataset, measure
 from .encoding import DataOptions, SampleEncoder
 from .loading import BatchLoader
-from .packing import PackedBatches, Packer
+from .packing import PackedBatches, Packer, rows_per_epoch
 from .records import Record, Source, read_meta
 from .samplers import SampleOrder, TrainBatchSampler, sequential_batches
 
@@ -23,5 +23,6 @@ __all__ = [
     "TrainBatchSampler",
     "measure",
     "read_meta",
+    "rows_per_epoch",
     "sequential_batches",
 ]

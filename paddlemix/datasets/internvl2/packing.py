@@ -143,6 +143,32 @@ class PackedBatches:
             yield {**sample, "key": key}
 
 
+def rows_per_epoch(order, packer, tokens, tiles, samples=10_000):
+    """How many rows a pass over the data fills, estimated by packing the start of the stream by measured lengths.
+
+    The same for every process and number of processes, so that learning rates and resumed runs agree on the end.
+
+    Args:
+        order: :class:`SampleOrder`.
+        packer: :class:`Packer`, empty.
+        tokens, tiles: what each sample costs, arrays [len(order)] from :func:`measure`.
+        samples: length of the start of the stream.
+
+    Returns:
+        A fraction: rows do not end where epochs do.
+    """
+    rows = packed = 0
+    for position in range(samples):
+        _, index = order[position]
+        length, pictures = int(tokens[index]), int(tiles[index])
+        if not 0 < length <= packer.max_tokens or pictures > packer.max_tiles:
+            continue  # cannot be used: the next one takes its place
+        sample = {"input_ids": range(length), "image_flags": range(pictures), "min_length": length}
+        row = packer.add(sample)
+        rows, packed = rows + (row is not None), packed + len(row or ())
+    return len(order) * rows / packed if rows else float(len(order))
+
+
 class _Keys:
     """Keys from a position of the stream on, each as a batch of one."""
 

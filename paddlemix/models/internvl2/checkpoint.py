@@ -420,7 +420,7 @@ def _aligned_empty(shape, dtype, alignment=64):
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def load_checkpoint(model, directory, dtype):
+def load_checkpoint(model, directory, dtype, keep=None):
     """Give a model the weights of a checkpoint, in either layout.
 
     Args:
@@ -428,6 +428,8 @@ def load_checkpoint(model, directory, dtype):
             before. On CPU each takes over the very array that was read, so the peak is the model and a few blocks.
         directory: where the weight files are.
         dtype: ``float32``, ``bfloat16`` or ``float16``: what the parameters become.
+        keep: called with a parameter's name; where it is False the parameter gets shape and dtype alone, for training that
+            divides weights over processes. None keeps all.
 
     Raises:
         CheckpointError: see :func:`read_parameters`.
@@ -440,6 +442,8 @@ def load_checkpoint(model, directory, dtype):
         # to_tensor() takes the bits of bfloat16 for what they are, but copies them; DLPack shares the array's memory.
         tensor = paddle.to_tensor(array, place=place) if dtype == "bfloat16" else paddle.from_dlpack(array).to(place)
         tensor._share_buffer_to(parameters[name])  # set_value would copy, and cannot change the dtype
+        if keep is not None and not keep(name):
+            parameters[name]._clear_data()
 
 
 # ---------------------------------------------------------------------- saving

@@ -61,12 +61,27 @@ class RotaryTables:
 
         Args:
             position_ids: ``[B or 1, N]`` int64.
-            length: positions in the whole sequence so far; it decides the scaling.
+            length: positions in the whole sequence so far, which decides the scaling; or, for rows of several sequences or
+                of different lengths, that of each token's own, an array like ``position_ids``.
 
         Returns:
             ``(cos, sin)``, each ``[B or 1, N, 1, D]`` float32; the first half of ``sin`` is negated for :func:`apply_rope`.
         """
-        variant = self.variant(length)
+        lengths, which = np.unique(length, return_inverse=True)
+        longest = {self.variant(int(length)): int(length) for length in lengths}  # of each variant, as lengths ascend
+        tables = [self._table(variant, length) for variant, length in longest.items()]
+        if len(tables) == 1:
+            cos, sin = tables[0]
+        else:  # one table after the other, each token's position counted from the start of its own
+            starts = np.cumsum([0, *(len(cos) for cos, _ in tables[:-1])])
+            first = np.array([starts[[*longest].index(self.variant(int(length)))] for length in lengths])
+            position_ids = position_ids + paddle.to_tensor(first[which].reshape(np.shape(length)))
+            cos, sin = (paddle.concat(parts) for parts in zip(*tables))
+        # embedding() is the lookup that every backend has natively.
+        return F.embedding(position_ids, cos).unsqueeze(2), F.embedding(position_ids, sin).unsqueeze(2)
+
+    def _table(self, variant, length):
+        """Cosines and sines of a variant for ``length`` positions at least, ``[positions, D]`` each."""
         cos, sin = self._tables.get(variant, (None, None))
         if cos is None or cos.shape[0] < length:
             rows = length if isinstance(variant, int) else 1 << max(length - 1, 255).bit_length()
@@ -78,8 +93,23 @@ class RotaryTables:
             if isinstance(variant, int):  # one length's tables are of no use to the next
                 self._tables = {k: v for k, v in self._tables.items() if not isinstance(k, int)}
             self._tables[variant] = (cos, sin)
-        # embedding() is the lookup that every backend has natively.
-        return F.embedding(position_ids, cos).unsqueeze(2), F.embedding(position_ids, sin).unsqueeze(2)
+        return cos, sin
+
+    def lengths(self, position_ids):
+        """For each of ``position_ids [B or 1, N]`` the length of its sequence, an array; a sequence starts where they restart.
+
+        Arrays of NumPy are best: a tensor would have to come from the device.
+
+        N for all where scaling does not depend on it.
+        """
+        if self.config.rope_type not in ("dynamic", "longrope"):
+            return position_ids.shape[1]
+        positions = np.asarray(position_ids)
+        lengths = np.empty_like(positions)
+        for row, found in zip(positions, lengths):
+            ends = np.append(np.flatnonzero(np.diff(row) <= 0) + 1, len(row))
+            found[:] = np.repeat(row[ends - 1] + 1, np.diff(ends, prepend=0))
+        return lengths
 
 
 class KVCache:
@@ -205,7 +235,10 @@ class Decoder(nn.Layer):
         tokens = inputs_embeds.shape[1]
         if cache is not None:
             cache.reserve(tokens)
-        rope = self.rope(position_ids, tokens if cache is None else cache.length)
+        lengths = self.rope.lengths(position_ids) if cache is None else cache.length
+        if isinstance(position_ids, np.ndarray):
+            position_ids = paddle.to_tensor(position_ids)
+        rope = self.rope(position_ids, lengths)
         x = inputs_embeds
         for layer in self.layers:
             if self.enable_recompute and self.training:
@@ -233,11 +266,11 @@ class LanguageModel(nn.Layer):
 
         Args:
             inputs_embeds: ``[B, N, D]``.
-            position_ids: ``[B or 1, N]`` int64; by default the positions that follow what the cache holds.
+            position_ids: ``[B or 1, N]`` int64, array or tensor; by default the positions that follow what the cache holds.
             mask: :class:`AttentionMask`; None for a plain causal one.
             cache: :class:`KVCache` with the keys and values of earlier positions.
         """
         if position_ids is None:
             start = 0 if cache is None else cache.length
-            position_ids = paddle.to_tensor(np.arange(start, start + inputs_embeds.shape[1], dtype="int64")[None])
+            position_ids = np.arange(start, start + inputs_embeds.shape[1], dtype="int64")[None]
         return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache)

@@ -95,13 +95,14 @@ class InternVLChatModel(nn.Layer):
     # ------------------------------------------------------------------ weights
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype="auto", engine="auto"):
+    def from_pretrained(cls, name_or_path, dtype="auto", engine="auto", keep=None):
         """Load a published checkpoint, or one that was saved here.
 
         Args:
             name_or_path: a directory, or a name such as ``OpenGVLab/InternVL2-1B``.
             dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for what the device in use computes best in.
             engine: ``eager`` for plain Paddle, ``inference`` for the fused CPU kernels of :mod:`~.engine`, or ``auto``.
+            keep: see :func:`~.checkpoint.load_checkpoint`.
 
         Raises:
             ConfigError, CheckpointError: the directory does not hold a complete checkpoint of a supported model.
@@ -111,7 +112,7 @@ class InternVLChatModel(nn.Layer):
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
             model = cls(config)
         engine, dtype = choose(engine, dtype, count_parameters(model))
-        load_checkpoint(model, directory, dtype)
+        load_checkpoint(model, directory, dtype, keep)
         model.eval()
         if engine == "inference":
             merge_lora(model)
@@ -244,7 +245,6 @@ class InternVLChatModel(nn.Layer):
         mask = None if attention_mask is None else AttentionMask.from_padding(attention_mask)
         if segment_ids is not None:
             mask = AttentionMask(None if mask is None else mask.starts, segment_ids)
-        position_ids = None if position_ids is None else paddle.to_tensor(position_ids)
         hidden = self.language_model(embeds, position_ids, mask)
         head = self.language_model.lm_head
         loss = None if labels is None else chunked_causal_loss(head, hidden, labels, loss_weight)

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from paddlemix.datasets.internvl2 import Collator, PackedBatches, Packer, SampleOrder
+from paddlemix.datasets.internvl2 import Collator, PackedBatches, Packer, SampleOrder, measure, rows_per_epoch
 from paddlemix.errors import ConfigError
 from tests.datasets.internvl2.helpers import make_dataset, make_encoder, picture_record, talk
 
@@ -69,6 +69,21 @@ def test_the_endless_stream_loses_and_repeats_nothing(dataset):
     counts = Counter(packed + waiting)
     epochs = int(batches.epoch)
     assert epochs >= 3 and set(counts.values()) <= {epochs, epochs + 1} and len(counts) == len(dataset)
+
+
+def test_the_rows_of_an_epoch_are_known_before(dataset):
+    """Against packing many epochs of the samples themselves."""
+    tokens, tiles = measure(dataset)
+    order = SampleOrder(dataset.source_sizes(), seed=0)
+    guess = rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), tokens, tiles)
+    batches = make_batches(dataset)
+    take(batches, 40)
+    assert guess == pytest.approx(40 / batches.epoch, rel=0.15)
+    # Half of the records unusable: as many rows, of those that take their places.
+    usable = np.arange(len(tokens)) % 2 == 0
+    tokens[:] = MAX_TOKENS // 3
+    assert rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), tokens * usable, tiles * 0) == len(tokens) / 3
+    assert rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), tokens * 0, tiles) == len(tokens)
 
 
 def test_processes_share_the_stream(dataset):

@@ -1,7 +1,7 @@
 # What the scripts of this folder have in common; they set MODEL, CONV_STYLE and hyper-parameters, and then source this file.
 #
 # From the environment (defaults in brackets):
-#   DEVICE [gpu]             gpu, npu, cpu, or another Paddle device
+#   DEVICE [gpu]             gpu, npu, cpu, or another Paddle device; npu takes the settings of tools/npu/env.sh that are not set
 #   GPUS                     processes on all nodes together, one a device [the script's; 1 on cpu]
 #   NODES                    machines [1, or the script's if GPUS is not set]; each runs the script with MASTER=host:port
 #                            of one of them, and may set NODE_RANK
@@ -10,8 +10,8 @@
 #   MODEL, META, OUTPUT_DIR  checkpoint, meta file of the data, and where results go [the script's]
 #   PRECISION [bf16]         bf16, fp16 (V100) or fp32 [fp32 on cpu, which computes in nothing else]
 #   PYTHON [python]          the interpreter
-# Arguments of the script are handed on to the trainer, after those below, so that they replace them. --dry_run prints the plan
-# for all processes and starts none.
+# Arguments of the script are handed on to the trainer, after those below, so that they replace them, such as --sharding stage3.
+# --dry_run prints the plan for all processes and starts none.
 
 : "${DEVICE:=gpu}" "${PYTHON:=python}"
 : "${META:=$SHELL_DIR/data/${DEFAULT_META:-internvl_1_2_finetune.json}}"
@@ -23,6 +23,16 @@
 fail() {
     echo "error: $1" >&2
     exit 2
+}
+
+# Ends the script with a command. Settings of NPU have to be there before Python is, and scripts of Ascend that belong to them
+# need bash, and no complaint about variables that are not set.
+settings=$SHELL_DIR/../../../../tools/npu/env.sh
+start() {
+    if [ "$DEVICE" = npu ] && [ -f "$settings" ]; then
+        exec bash -c 'settings() { . "$0"; }; settings; exec "$@"' "$settings" "$@"
+    fi
+    exec "$@"
 }
 
 for number in "$GPUS" "$NODES" "$BATCH_SIZE" "$PER_DEVICE_BATCH_SIZE"; do
@@ -88,14 +98,14 @@ set -- \
 
 for argument in "$@"; do
     if [ "$argument" = --dry_run ]; then
-        exec "$PYTHON" -m paddlemix.training.plan --processes "$GPUS" "$@"
+        start "$PYTHON" -m paddlemix.training.plan --processes "$GPUS" "$@"
     fi
 done
 
 mkdir -p "$OUTPUT_DIR"
 trainer=$(dirname "$SHELL_DIR")/internvl_chat_finetune.py
 if [ "$GPUS" -eq 1 ]; then
-    exec "$PYTHON" "$trainer" "$@"
+    start "$PYTHON" "$trainer" "$@"
 fi
 
 # Each process writes its log to a file of its own; the first one's also goes to the terminal.
@@ -115,4 +125,4 @@ else
     esac
     set -- --devices "$(echo "${visible:-$(seq -s , 0 $((per_node - 1)))}" | cut -d , -f "1-$per_node")" "$@"
 fi
-exec "$PYTHON" -m paddle.distributed.launch "$@"
+start "$PYTHON" -m paddle.distributed.launch "$@"
