@@ -1,4 +1,4 @@
-"""benchmarks/inference.py: the command as people run it, and its arithmetic."""
+"""benchmarks/inference.py and finetune.py: the commands as people run them, and their arithmetic."""
 
 import os
 import re
@@ -26,8 +26,18 @@ def inference(monkeypatch):
     return inference
 
 
-def run(*arguments):
-    command = [sys.executable, BENCHMARKS / "inference.py", "--quick", "--repeat", "1", *arguments]
+@pytest.fixture
+def finetune(monkeypatch):
+    """The other command's module."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import finetune
+
+    return finetune
+
+
+def run(*arguments, script="inference.py"):
+    quick = ["--quick"] if script == "inference.py" else ["--steps", "1"]
+    command = [sys.executable, BENCHMARKS / script, *quick, "--repeat", "1", *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -105,15 +115,56 @@ def test_configuration_alone_gets_random_weights(inference, tmp_path, monkeypatc
     published = tmp_path / "shapes"
     published.mkdir()
     shutil.copy(REFERENCE / "internlm2" / "checkpoint" / "config.json", published)
-    directory = inference.checkpoint_directory(str(published))
+    directory = inference.sides.checkpoint_directory(str(published))
     assert directory.is_relative_to(tmp_path / "cache")
     model = InternVLChatModel.from_pretrained(str(directory), dtype="float32")
     pixels = np.random.default_rng(0).standard_normal([1, 3, 112, 112], np.float32)
     features = model.extract_feature(pixels).numpy()
     assert np.isfinite(features).all() and features.std() > 1e-3
     written = os.stat(directory / "model.safetensors").st_mtime_ns
-    assert inference.checkpoint_directory(str(published)) == directory
+    assert inference.sides.checkpoint_directory(str(published)) == directory
     assert os.stat(directory / "model.safetensors").st_mtime_ns == written  # once is enough
     # A complete checkpoint is measured as it is.
     whole = REFERENCE / "qwen2" / "checkpoint"
-    assert inference.checkpoint_directory(str(whole)) == whole
+    assert inference.sides.checkpoint_directory(str(whole)) == whole
+
+
+# ---------------------------------------------------------------------- finetune.py
+
+
+def test_a_training_step_of_the_bundled_model_without_torch():
+    done = run("--model", "demo", "--layers", "2", "--torch-python", shutil.which("false"), script="finetune.py")
+    assert done.returncode == 0, done.stderr
+    assert "With 2 layers" in done.stdout and "pip install torch==" in done.stdout
+    rows = figures(done.stdout)
+    assert list(rows) == ["step, s", "tokens/s", "samples/s", "peak memory, GB"]
+    step, tokens = rows["step, s"][0], rows["tokens/s"][0]
+    assert tokens * step == pytest.approx(4 * 16 + 128, rel=0.02)
+    assert rows["samples/s"][0] * step == pytest.approx(1, rel=0.02)
+    assert 0 < rows["tokens/s"][1] <= 1.2
+    assert 0.03 < rows["peak memory, GB"][0] < 4
+
+
+@pytest.mark.parametrize("arguments, words", [(["--answer", "128"], "--answer"), (["--layers", "0"], "--layers")])
+def test_wrong_arguments_of_finetune_are_named(arguments, words):
+    done = run(*arguments, script="finetune.py")
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+
+
+def test_the_sides_train_on_the_same_batch_and_their_losses_are_compared(finetune):
+    config = InternVLChatConfig.from_pretrained(REFERENCE / "qwen2" / "checkpoint")
+    spec = {"rows": 2, "text": 40, "answer": 12}
+    first, second = finetune.batch(config, spec), finetune.batch(config, spec)
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    context = config.llm_config.vocab_size - 1
+    assert ((first["input_ids"] == context).sum(1) == finetune.TILES * config.num_image_token).all()
+    learned = first["labels"] >= 0
+    assert (learned.sum(1) == 12).all() and (first["labels"][learned] == first["input_ids"][learned]).all()
+    assert first["pixel_values"].shape == (2 * finetune.TILES, 3, 112, 112)
+    ours, torch = {"losses": [2.0, 1.0]}, {"losses": [2.0, 1.25]}
+    assert finetune.apart({"ours": ours, "torch": torch}) == pytest.approx(0.2)
+    assert finetune.apart({"ours": ours, "torch": {"error": "no"}}) is None
+    # Backward costs twice the forward pass where weights learn, nothing in the frozen tower.
+    tokens = finetune.TILES * config.num_image_token + 40
+    forward = decoder_flops(config, tokens, logits=12)
+    assert finetune.step_flops(config, spec) == 2 * (3 * forward + vision_flops(config, finetune.TILES))

@@ -10,8 +10,7 @@ import paddle
 from paddlemix.errors import PromptError
 
 from .conversation import IMAGE_PLACEHOLDER, insert_image_tokens
-from .generation import GenerationConfig, TextStream, generate_tokens
-from .language import KVCache
+from .generation import GenerationConfig, TextStream, generate_tokens, new_cache
 
 
 class ChatSession:
@@ -89,6 +88,16 @@ class ChatSession:
         self.history.append((question, "".join(pieces)))
         self.marked_answer = self.tokenizer.decode(tokens)
 
+    def memory(self):
+        """What the conversation holds beside the model: bytes of ``features`` and of the ``kv_cache``, and the ``positions``
+        that this has room for."""
+        cache, layers = self._cache, self.model.config.llm_config.num_hidden_layers
+        return {
+            "features": sum(map(_bytes, self._features)),
+            "kv_cache": 0 if cache is None else sum(_bytes(store) for i in range(layers) for store in cache.stores(i)),
+            "positions": 0 if cache is None else cache.capacity,
+        }
+
     @paddle.no_grad()
     def _features_of(self, pixel_values, counts):
         if not counts:
@@ -102,18 +111,19 @@ class ChatSession:
         language_model = self.model.language_model
         reused = self._reusable(ids, config.max_new_tokens)
         remaining = np.asarray([ids[reused:]], dtype="int64")
-        is_context = np.asarray(ids[:reused]) == self.model.img_context_token_id
         with paddle.no_grad():
-            flat = paddle.concat(features)[int(is_context.sum()) :] if features else None
-            embeds = self.model.embed(remaining, flat if flat is not None and flat.shape[0] else None)
+            embeds = self.model.embed(remaining, _without_first(features, ids[:reused].count(self.model.img_context_token_id)))
         capacity = len(ids) + config.max_new_tokens
         if self._cache is None:
-            self._cache = KVCache(language_model.config, 1, capacity, embeds.dtype)
+            self._cache = new_cache(language_model, 1, capacity, embeds.dtype)
         self._cache.truncate(reused)
-        self._cache = self._cache.grown(capacity)
+        if capacity > self._cache.capacity:
+            # By a quarter at least: each move takes time, and leaves holes that the next, larger cache does not fit into.
+            self._cache = self._cache.grown(max(capacity, self._cache.capacity * 5 // 4))
         self.cached_tokens = reused
         self._ids = ids[:reused]
         steps = generate_tokens(language_model, embeds, config, cache=self._cache)
+        del embeds  # as large as the prompt, and of no use after the first step
         self._ids = list(ids)
         while True:
             with paddle.no_grad():  # not around a yield: the caller's code runs there
@@ -210,6 +220,20 @@ def batch_chat(
     answers = [answer + stream.close() for answer, stream in zip(answers, streams)]
     histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, answers)]
     return (answers, histories) if return_history else answers
+
+
+def _bytes(tensor):
+    return tensor.size * tensor.element_size()
+
+
+def _without_first(features, count):
+    """Rows of all ``features`` in one tensor, but not the first ``count``; None where none are left."""
+    parts = []
+    for part in features:
+        if count < part.shape[0]:
+            parts.append(part[count:])
+        count = max(0, count - part.shape[0])
+    return paddle.concat(parts) if parts else None
 
 
 def _tiles_of_pictures(pixel_values, num_patches_list):

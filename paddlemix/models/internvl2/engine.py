@@ -11,17 +11,24 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from paddlemix import device
-from paddlemix.errors import DeviceError
+from paddlemix.errors import CheckpointError, DeviceError
 from paddlemix.kernels import cpu as kernels
 
 ENGINES = ("auto", "eager", "inference")
 
-# Packing pays, and compiling the kernels once is worth the wait, from about this many parameters on.
-_WORTHWHILE = 100_000_000
+# From about this many parameters on, the engine answers noticeably sooner; from the other on, by more than the seconds that
+# compiling its kernels takes.
+_WORTHWHILE = 1_000_000
+_WORTH_COMPILING = 100_000_000
 
 
 def choose(engine, dtype, parameters):
-    """Settle ``auto``: the engine and dtype that answer fastest here.
+    """Settle ``auto``: the engine and dtype that answer fastest here, without a wait that the answer does not make up for.
+
+    On CPU the engine is faster for every size. Large models use it, in bfloat16 where the processor has it. Models of less
+    than a hundred million parameters, whose first answer is there before the kernels were compiled, use it from when they
+    have been compiled for any reason (a larger model, ``engine="inference"``), and in float32, in which their answers do
+    not depend on that. Below a million parameters, which only tests have, plain Paddle does.
 
     Args:
         engine: ``auto``, ``eager`` (plain Paddle) or ``inference`` (fused, CPU only).
@@ -40,10 +47,12 @@ def choose(engine, dtype, parameters):
         if engine == "inference":
             raise DeviceError("--engine inference is for CPU: use --engine eager on other devices")
         return "eager", device.resolve_dtype(dtype)
-    wanted = engine == "inference" or (
-        engine == "auto" and (dtype == "bfloat16" or dtype != "float16" and parameters >= _WORTHWHILE)
-    )
-    if not wanted:
+    if engine == "auto" and dtype != "bfloat16":  # of which only the engine is capable
+        if dtype == "float16" or parameters < _WORTHWHILE:
+            engine = "eager"
+        elif parameters < _WORTH_COMPILING:
+            engine, dtype = ("auto", "float32") if kernels.compiled() else ("eager", dtype)
+    if engine == "eager":
         return "eager", device.resolve_dtype(dtype)
 
     for candidate in ("bfloat16", "float32") if dtype == "auto" else (dtype,):
@@ -64,7 +73,9 @@ def fuse(model, dtype):
         dtype: of packed weights and products, ``bfloat16`` or ``float32``.
     """
     vision, language = model.vision_model, model.language_model
-    vision.embeddings.to(dtype="float32")
+    embeddings = vision.embeddings
+    embeddings.patch_embedding = _PatchEmbedding(embeddings.patch_embedding, dtype)
+    embeddings.to(dtype="float32")
     for stack, fused in ((vision.encoder.layers, _VisionLayer), (language.model.layers, _DecoderLayer)):
         for i in range(len(stack)):
             stack[i] = fused(stack[i], dtype)
@@ -72,8 +83,14 @@ def fuse(model, dtype):
     language.model.embed_tokens = _Embedding(language.model.embed_tokens)
     language.model.norm = _Norm(language.model.norm)
     language.lm_head = _Linear(language.lm_head, dtype)
+    language.cache_dtype = dtype  # attention rounds keys and values to it anyway
+    model.save_pretrained = _refuse_to_save
     model.vision_batch = 1  # a tile's activations fit the cache; more at a time only cost memory
     model.eval()
+
+
+def _refuse_to_save(*_, **__):
+    raise CheckpointError("weights packed for the CPU engine cannot be saved: load the model with engine='eager' to save it")
 
 
 def _norm(layer):
@@ -108,6 +125,22 @@ class _Linear(nn.Layer):
 
     def forward(self, x):
         return self.linear(x)
+
+
+class _PatchEmbedding(nn.Layer):
+    """:class:`~.vision.PatchEmbedding` as one product: no two patches share a pixel."""
+
+    def __init__(self, layer, dtype):
+        super().__init__()
+        self.patch = layer.weight.shape[-1]
+        weight = layer.weight.reshape([layer.weight.shape[0], -1])  # [D, channels * patch * patch]
+        self.linear = kernels.PackedLinear(weight, layer.bias.astype("float32"), dtype, transposed=True)
+
+    def forward(self, pixel_values):
+        tiles, channels, height, width = pixel_values.shape
+        rows, columns = height // self.patch, width // self.patch
+        x = pixel_values.astype("float32").reshape([tiles, channels, rows, self.patch, columns, self.patch])
+        return self.linear(x.transpose([0, 2, 4, 1, 3, 5]).reshape([tiles, rows, columns, -1]))
 
 
 class _Embedding(nn.Layer):

@@ -123,6 +123,11 @@ class Sampler:
         return int(self._random.choice(order, p=weights))
 
 
+def new_cache(language_model, batch, capacity, dtype):
+    """An empty :class:`~.language.KVCache` in ``dtype``, unless the engine keeps keys and values in one of its own."""
+    return KVCache(language_model.config, batch, capacity, getattr(language_model, "cache_dtype", dtype))
+
+
 def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=None):
     """Generate answers token by token.
 
@@ -139,8 +144,7 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
     """
     batch, prompt = inputs_embeds.shape[:2]
     if cache is None:
-        capacity = prompt + config.max_new_tokens
-        cache = KVCache(language_model.config, batch, capacity, inputs_embeds.dtype)
+        cache = new_cache(language_model, batch, prompt + config.max_new_tokens, inputs_embeds.dtype)
     mask = AttentionMask(starts)
     shift = np.zeros([batch, 1], "int64") if mask.starts is None else mask.starts.reshape([-1, 1]).astype("int64")
     sampler = Sampler(config)

@@ -33,6 +33,17 @@ def bicubic_weights(size, new_size):
     return weights
 
 
+class PatchEmbedding(nn.Conv2D):
+    """One vector for each patch of ``patch`` by ``patch`` pixels."""
+
+    def __init__(self, channels, width, patch):
+        super().__init__(channels, width, patch, stride=patch)
+
+    def forward(self, pixel_values):
+        """``[T, 3, height, width] -> [T, rows, columns, D]``."""
+        return super().forward(pixel_values.astype(self.weight.dtype)).transpose([0, 2, 3, 1])
+
+
 class VisionEmbeddings(nn.Layer):
     """Patches, a class token and learned positions."""
 
@@ -41,7 +52,7 @@ class VisionEmbeddings(nn.Layer):
         normal = nn.initializer.Normal(std=config.initializer_range)
         width, patch = config.hidden_size, config.patch_size
         self.native_grid = (config.image_size // patch,) * 2
-        self.patch_embedding = nn.Conv2D(config.num_channels, width, patch, stride=patch)
+        self.patch_embedding = PatchEmbedding(config.num_channels, width, patch)
         self.class_embedding = self.create_parameter([1, 1, width], default_initializer=normal)
         self.position_embedding = self.create_parameter([1, 1 + math.prod(self.native_grid), width], default_initializer=normal)
 
@@ -59,11 +70,11 @@ class VisionEmbeddings(nn.Layer):
 
     def forward(self, pixel_values):
         """``[T, 3, height, width] -> [T, 1 + P, D]``."""
-        patches = self.patch_embedding(pixel_values.astype(self.patch_embedding.weight.dtype))  # [T, D, rows, columns]
-        grid = tuple(patches.shape[2:])
-        tokens = patches.flatten(2).transpose([0, 2, 1])
-        tokens = paddle.concat([self.class_embedding.expand([tokens.shape[0], -1, -1]), tokens], axis=1)
-        return tokens + self.positions(grid)
+        patches = self.patch_embedding(pixel_values)
+        tiles, rows, columns, width = patches.shape
+        tokens = patches.reshape([tiles, rows * columns, width])
+        tokens = paddle.concat([self.class_embedding.expand([tiles, -1, -1]), tokens], axis=1)
+        return tokens + self.positions((rows, columns))
 
 
 class VisionAttention(nn.Layer):

@@ -12,7 +12,7 @@ from PIL import ImageDraw, ImageFont
 _NUMBER = r"\s*-?\d+(?:\.\d+)?\s*"
 _BOX = rf"\[{_NUMBER}(?:,{_NUMBER}){{3}}\]"
 _BOXES = re.compile(
-    rf"(?:<ref>(?P<name>.*?)</ref>)?\s*(?P<open><box>)?\s*(?P<boxes>\[\s*{_BOX}(?:\s*,\s*{_BOX})*\s*\]|{_BOX})\s*(?:</box>)?",
+    rf"(?:<ref>(?P<name>(?:(?!</?ref>).)*)</ref>)?\s*(?P<open><box>)?\s*(?P<boxes>\[\s*{_BOX}(?:\s*,\s*{_BOX})*\s*\]|{_BOX})\s*(?:</box>)?",
     re.DOTALL,
 )
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
@@ -38,18 +38,19 @@ def parse_boxes(text, width, height):
         width, height: of the original picture, in pixels.
 
     Returns:
-        A list of :class:`Box`, clipped to the picture; empty where the text has none. Coordinates whose sum is below 4 are
-        taken as fractions of the sides, as the evaluation of RefCOCO in InternVL does.
+        A list of :class:`Box`, clipped to the picture; empty where the text has none. Coordinates whose sum is below 4, in
+        each of the boxes that go together, are taken as fractions of the sides, as the evaluation of RefCOCO in InternVL does.
     """
     boxes, end = [], 0
     for match in _BOXES.finditer(text):
         name = match["name"]
         if name is None:
-            name = re.sub(r"<[^<>]*>", "", text[end : match.start()]).strip().strip(",;:.，；：。").strip()
+            name = re.sub(r"<[^<>]*>", "", text[end : match.start()]).strip(" \n[],;:.，；：。")
         end = match.end()
         numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", match["boxes"])]
-        for values in zip(*[iter(numbers)] * 4):
-            unit = 1.0 if sum(values) < 4 else 1000.0
+        found = [numbers[at : at + 4] for at in range(0, len(numbers), 4)]
+        unit = 1.0 if all(sum(values) < 4 for values in found) else 1000.0
+        for values in found:
             x1, x2 = sorted(min(max(v / unit, 0.0), 1.0) * width for v in values[0::2])
             y1, y2 = sorted(min(max(v / unit, 0.0), 1.0) * height for v in values[1::2])
             boxes.append(Box(name.strip(), x1, y1, x2, y2))

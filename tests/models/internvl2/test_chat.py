@@ -1,9 +1,13 @@
 """Conversations: the original's answers, many rounds, batches, and questions that make no sense."""
 
+import functools
+
 import numpy as np
+import paddle
 import pytest
 
 from paddlemix.errors import ConfigError, PromptError, TokenizerError
+from paddlemix.kernels import cpu as kernels
 from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
 from tests.conftest import load_reference, tiles
 
@@ -109,6 +113,32 @@ def test_an_abandoned_stream_leaves_the_session_as_it_was():
     answer = session.ask("And now?", None, GREEDY)
     fresh = reference.model.chat(reference.tokenizer, tiles(0), "And now?", GREEDY, before, num_patches_list=[7])
     assert answer == fresh
+
+
+@pytest.mark.parametrize("engine", ["eager", "inference"])
+def test_rounds_hold_their_keys_and_values_and_nothing_else(engine):
+    if engine == "inference" and not kernels.available("float32"):
+        pytest.skip("the CPU kernels cannot be built here (see the warning)")
+    reference = load_reference("qwen2")
+    model = InternVLChatModel.from_pretrained(str(reference.path), dtype="float32", engine=engine)
+    pictures, options = np.concatenate([tiles(0), tiles(1)]), {"max_new_tokens": 8, "min_new_tokens": 8}
+    model.chat(reference.tokenizer, pictures, "<image><image>" + "panda " * 600, options, num_patches_list=[7, 7])
+    allocated = functools.partial(paddle.base.core.host_memory_stat_current_value, "Allocated", 0)  # by all tensors there are
+    session, before = ChatSession(model, reference.tokenizer), allocated()
+    assert session.memory() == {"features": 0, "kv_cache": 0, "positions": 0}
+    llm = model.config.llm_config
+    per_position = 2 * 4 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim
+    for number in range(6):
+        question, counts = ("<image><image>Compare.", [7, 7]) if number == 0 else ("And now?", None)
+        session.ask(question, pictures if counts else None, options, counts)
+        held = session.memory()
+        assert held["features"] == 14 * model.config.num_image_token * llm.hidden_size * 4
+        assert held["kv_cache"] == held["positions"] * per_position
+        # Paddle counts whole blocks of 64 bytes.
+        assert 0 <= allocated() - before - held["features"] - held["kv_cache"] < 10_000
+    assert held["positions"] <= 1.25 * (session.cached_tokens + 40)  # what a round adds, and a quarter
+    del session
+    assert allocated() - before < 10_000
 
 
 def test_streamed_pieces_are_the_answer(reference):

@@ -1,15 +1,21 @@
 """The CPU engine computes what the eager model computes."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import numpy as np
 import paddle
 import pytest
 
-from paddlemix.errors import DeviceError
+from paddlemix.errors import CheckpointError, DeviceError
+from paddlemix.examples.internvl2 import chat_demo
 from paddlemix.kernels import cpu as kernels
 from paddlemix.models.internvl2 import ChatSession, InternVLChatModel
 from paddlemix.models.internvl2.engine import choose
+from paddlemix.models.internvl2.generation import new_cache
+from paddlemix.models.internvl2.language import KVCache
 from tests.conftest import FAMILIES, assert_close, load_reference, tiles
 
 pytestmark = pytest.mark.skipif(
@@ -84,13 +90,43 @@ def test_bfloat16_is_as_close_as_its_precision_allows(family):
     assert_close(logits[:, :: reference.expected["lm_logits_stride"]], reference.arrays["lm_logits"], 0.04)
 
 
-def test_auto_takes_the_engine_for_large_models_only():
-    assert choose("auto", "auto", 8_000_000) == ("eager", "float32")
+def test_auto_takes_the_engine_where_it_is_faster_and_worth_the_wait(monkeypatch, tmp_path):
     best = "bfloat16" if kernels.available("bfloat16") else "float32"
     assert choose("auto", "auto", 900_000_000) == ("inference", best)
     assert choose("auto", "float32", 900_000_000) == ("inference", "float32")
     assert choose("eager", "auto", 900_000_000) == ("eager", "float32")
     assert choose("inference", "float32", 8_000_000) == ("inference", "float32")
+    assert choose("auto", "auto", 400_000) == ("eager", "float32")
+    assert choose("auto", "auto", 8_000_000) == ("inference", "float32")  # the kernels are compiled, or no test runs here
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert choose("auto", "auto", 8_000_000) == ("eager", "float32")
+
+
+def test_the_first_answer_of_a_small_model_does_not_wait_for_a_compiler(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, chat_demo.__file__], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_and_values_are_kept_in_the_dtype_that_attention_rounds_them_to():
+    needs_bfloat16()
+    reference, model = load_reference("qwen2"), fused("qwen2", "bfloat16")
+    ids = np.array([reference.expected["chats"][0]["input_ids"]])
+    language = model.language_model
+    caches = [KVCache(language.config, 1, ids.shape[1] + 1, dtype) for dtype in ("bfloat16", "float32")]
+    assert new_cache(language, 1, 4, paddle.float32).stores(0)[0].dtype == paddle.bfloat16
+    with paddle.no_grad():
+        embeds = language.embed(paddle.to_tensor(ids))
+        hidden = [[language(part, cache=cache).numpy() for part in (embeds, embeds[:, :1])] for cache in caches]
+    for half, full in zip(*hidden):
+        assert np.array_equal(half, full)
+
+
+def test_a_fused_model_says_why_it_cannot_be_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="engine='eager'"):
+        fused("qwen2", "float32").save_pretrained(str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("engine, dtype, message", [("turbo", "auto", "'turbo'"), ("inference", "float16", "float16")])

@@ -6,7 +6,7 @@ import pytest
 
 from paddlemix.errors import PromptError
 from paddlemix.models.internvl2 import GenerationConfig
-from paddlemix.models.internvl2.generation import Sampler, TextStream
+from paddlemix.models.internvl2.generation import Sampler, TextStream, generate_tokens
 from paddlemix.models.internvl2.language import KVCache
 from paddlemix.models.internvl2.layers import AttentionMask
 from tests.conftest import assert_close, load_reference
@@ -56,6 +56,22 @@ def test_truncating_and_growing_the_cache_keeps_what_was_before():
         cache.truncate(6)
         tail = language(language.embed(ids[:, 6:]), cache=cache.grown(ids.shape[1]))
     assert_close(tail, whole[:, 6:], 1e-5)
+
+
+def test_a_step_waits_for_the_device_once(monkeypatch):
+    """Only the choice of the token comes to the host, which the stop test needs."""
+    language = load_reference("qwen2").model.language_model
+    waits = []
+    for name in ("numpy", "item", "tolist", "__array__", "__bool__", "__int__", "__float__", "__len__"):
+        original = getattr(paddle.Tensor, name)
+        monkeypatch.setattr(
+            paddle.Tensor, name, lambda self, *args, name=name, original=original: waits.append(name) or original(self, *args)
+        )
+    with paddle.no_grad():
+        steps = generate_tokens(language, language.embed(paddle.to_tensor([[1, 2, 3]])), GenerationConfig(max_new_tokens=6))
+        counts = [len(waits) for _ in steps]
+    assert len(counts) == 6
+    assert np.diff(counts).tolist() == [1] * 5, waits
 
 
 def test_left_padded_rows_generate_what_they_generate_alone(reference):

@@ -20,6 +20,13 @@ from paddlemix.processors.internvl2.boxes import Box, draw_boxes, parse_boxes
         ("[0.1, 0.2, 0.3, 0.4]", [Box("", 20, 20, 60, 40)]),
         ("<ref>熊猫</ref><box>[[300, 400, 100, 200]]</box>", [Box("熊猫", 20, 20, 60, 40)]),  # corners the wrong way round
         ("<ref>x</ref><box>[[-50, 0, 1200, 1000]]</box>", [Box("x", 0, 0, 200, 100)]),  # clipped to the picture
+        (
+            "<ref>a</ref><box>[[0, 0, 1, 1], [500, 500, 1000, 1000]]</box>",
+            [Box("a", 0, 0, 0.2, 0.1), Box("a", 100, 50, 200, 100)],
+        ),
+        ("<ref>one</ref> and <ref>two</ref><box>[[0, 0, 500, 500]]</box>", [Box("two", 0, 0, 100, 50)]),
+        ("<box>[[0, 0, 500, 500], [5, 6, 7]]</box>", [Box("", 0, 0, 100, 50)]),  # the second is not whole
+        ("<ref>x</ref><box>[[100 200 300 400]]</box>, <box>[[1, 2, 3]]</box>, [[nan, 1, 2, 3]]", []),
         ("<ref>no box</ref>", []),
         ("There is nothing of the kind in [this] picture.", []),
         ("<ref>cut off</ref><box>[[100, 200, 300", []),
