@@ -1,4 +1,4 @@
-"""This package, as one side of ``inference.py``."""
+"""This package, as one side of ``inference.py`` and ``finetune.py``."""
 
 import time
 
@@ -6,10 +6,15 @@ import paddle
 
 from paddlemix import device
 from paddlemix.kernels import cpu as kernels
+from paddlemix.kernels import gemm
 from paddlemix.models.internvl2 import GenerationConfig, InternVLChatConfig, InternVLChatModel
 from paddlemix.models.internvl2.engine import choose
 from paddlemix.models.internvl2.flops import parameter_counts
 from paddlemix.models.internvl2.generation import generate_tokens
+from paddlemix.training.arguments import ModelArguments, PreTrainingArguments
+from paddlemix.training.building import prepare
+from paddlemix.training.processes import Processes
+from paddlemix.training.trainer import Trainer
 
 
 class PaddleInternVL:
@@ -54,11 +59,22 @@ class PaddleInternVL:
         self.model.img_context_token_id = context_id
         return int(self.model.generate(pixels, ids, max_new_tokens=1).numpy()[0, 0])
 
+    def start_training(self, context_id, recompute, **settings):
+        """Freeze the vision tower and make an optimiser with ``settings``; ``context_id`` marks the places of features."""
+        self.model.img_context_token_id = context_id
+        parameters = prepare(self.model, ModelArguments("x", freeze_backbone=True), recompute)
+        args = PreTrainingArguments("x", lr_scheduler_type="constant", **settings)
+        self.trainer = Trainer(self.model, parameters, args, Processes(), 1, decays=lambda name: True)
+
+    def train(self, batch):
+        """One step on a batch as the trainer has it; returns the loss before it."""
+        return self.trainer.step(0, [batch])[0]
+
     def matmul(self, size):
         """A function that multiplies two square matrices in the fastest way there is on this side."""
         a, b = (paddle.randn([size, size]) for _ in range(2))
         if self.dtype == "float32":
-            return lambda: paddle.matmul(a, b)
+            return lambda: (gemm.linear if gemm.suits(size**3, a, b) else paddle.matmul)(a, b)
         packed = kernels.PackedLinear(b, None, self.dtype)
         return lambda: packed(a)
 

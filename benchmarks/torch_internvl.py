@@ -2,7 +2,7 @@
 
 Fused attention (sdpa), logits of the last position only, inference mode, and no ``generate()`` around the decode steps.
 The cache is the growing one or the static one, and tiles go through one by one or together: whichever the warm-up found
-faster. Nothing is compiled.
+faster. Nothing is compiled. A training step is the models' own loss and torch's fused AdamW.
 """
 
 import json
@@ -128,13 +128,17 @@ class TorchInternVL:
         return torch.cat([self._features(part) for part in pixels.split(self.tile_batch or len(pixels))])
 
     def _features(self, pixels):
+        return self.projector(self.patches(pixels))
+
+    def patches(self, pixels):
+        """``[T, 3, H, W]`` -> ``[T, tokens, width]``, what the projector takes."""
         x = self.vision(pixels).last_hidden_state[:, 1:]
         tiles, tokens, width = x.shape
         side, factor = int(tokens**0.5), self.factor
         small, deep = int(side * factor), int(width / factor)
         x = x.reshape(tiles, side, small, deep).transpose(1, 2).reshape(tiles, small, small, int(deep / factor))
         x = x.transpose(1, 2) if self.transposed else x
-        return self.projector(x.reshape(tiles, small * small, -1))
+        return x.reshape(tiles, small * small, -1)
 
     def _prefill(self, embeds, steps):
         length = embeds.shape[1] + steps
@@ -170,6 +174,32 @@ class TorchInternVL:
         embeds = self.llm.get_input_embeddings()(ids)
         embeds[ids == context_id] = features.reshape(-1, features.shape[-1])
         return int(self._prefill(embeds, 1)[0])
+
+    def start_training(self, context_id, recompute, learning_rate, weight_decay, max_grad_norm):
+        """Freeze the vision tower and make an optimiser; ``context_id`` marks the places of features."""
+        self.context_id, self.max_grad_norm = context_id, max_grad_norm
+        self.llm.train()
+        self.projector.train()
+        if recompute:
+            self.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.trained = [*self.projector.parameters(), *self.llm.parameters()]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=learning_rate, weight_decay=weight_decay, fused=True)
+
+    def train(self, batch):
+        """One step on a batch of arrays ``input_ids``, ``labels`` and ``pixel_values``; returns the loss before it."""
+        pixels, ids, labels = (torch.from_numpy(batch[key]) for key in ("pixel_values", "input_ids", "labels"))
+        with torch.no_grad():
+            patches = torch.cat([self.patches(part) for part in pixels.split(1)])
+        features = self.projector(patches)
+        embeds = self.llm.get_input_embeddings()(ids)
+        places = (ids == self.context_id).unsqueeze(-1).expand_as(embeds)
+        embeds = embeds.masked_scatter(places, features)
+        loss = self.llm(inputs_embeds=embeds, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
 
     @torch.inference_mode()
     def matmul(self, size):

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import questions, scenes
 
 # Kinds of scenes with their share of a part, in 64ths; the rest of the pictures show shapes.
-_OTHERS = {questions.reading: 10, questions.chart: 6, questions.comparison: 7, questions.video: 8}
+_OTHERS = {questions.reading: 16, questions.chart: 6, questions.comparison: 6, questions.video: 7}
 
 
 def draw_mixture(rng, most=4):
