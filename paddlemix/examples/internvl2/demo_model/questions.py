@@ -11,7 +11,7 @@ from paddlemix.models.internvl2.conversation import IMAGE_PLACEHOLDER
 from . import scenes
 from .scenes import COLORS, SHAPES
 
-MOST_TURNS = 5  # of a conversation: more would make it long, fewer would waste its picture
+MOST_TURNS = 4  # of a conversation: more would make it long, fewer would waste its picture
 
 _CHINESE = {
     **dict(zip(COLORS, ("红色", "绿色", "蓝色", "黄色", "紫色", "黑色"))),
@@ -36,20 +36,22 @@ def shapes(rng, kinds=scenes.SEEN, least=1, most=4):
         repeated = [kind for kind in kinds if kind[1] == chosen[0][1]]
         chosen = [rng.choice(repeated) if i and rng.random() < 0.7 else kind for i, kind in enumerate(chosen)]
     items = scenes.arrange(chosen, rng)
-    turns = [_count_all(items), _count(items, rng), _exists(items, kinds, rng)]
-    by_color, by_shape, by_name = (
-        _single(items, lambda item, key=key: getattr(item, key)) for key in ("color", "shape", "name")
-    )
-    if by_shape:
-        turns.append(_color(rng.choice(by_shape), rng))
-    if by_color:
-        turns.append(_shape(rng.choice(by_color), rng))
-    if by_name:
-        turns.append(_place(rng.choice(by_name)))
-        turns.append(_box(rng.choice(by_name)))
-    # The description would give all other answers away: it comes last, or alone.
-    described = [_describe(items)]
-    turns = described if rng.random() < 0.2 else _shuffled(turns, rng)[: MOST_TURNS - 1] + described
+    by_color, by_shape, by_name = (_single(items, lambda item, key=key: getattr(item, key)) for key in ("color", "shape", "name"))
+    # A description would give all other answers away, and long answers would outweigh short ones beside them.
+    kind = rng.random()
+    if kind < 0.2:
+        turns = [_describe(items)]
+    elif kind < 0.35 and by_name:
+        turns = [_box(rng.choice(by_name))]
+    else:
+        turns = [_count_all(items), _count(items, rng), _exists(items, kinds, rng)]
+        if by_shape:
+            turns.append(_color(rng.choice(by_shape), rng))
+        if by_color:
+            turns.append(_shape(rng.choice(by_color), rng))
+        if by_name:
+            turns.append(_place(rng.choice(by_name)))
+        turns = _shuffled(turns, rng)[:MOST_TURNS]
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", turns
 
 
