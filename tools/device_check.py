@@ -187,13 +187,18 @@ def check_fused(place, dtypes):
         return lambda q, k, v: attention(q, k, v, mask() if mask else None)
 
     starts, segments = np.array([0, 5]), np.repeat([[0, 1, 2], [0, 1, 1]], [16, 40, 8], axis=1)
+
+    def padded(q, k, v):  # what padding itself comes to is nobody's business, and differs between kernels
+        out = attention(q, k, v, AttentionMask(starts))
+        return out * paddle.to_tensor((np.arange(64) >= starts[:, None])[..., None].astype("float32")).astype(out.dtype)
+
     square = [[2, 64, 8, 64], [2, 64, 2, 64], [2, 64, 2, 64]]
     functions = [
         ("norm", "norm", norm, [[2, 16, 256], [256]]),
         ("rope", "rope", rope, [[2, 16, 4, 64]]),
         ("attention", "attention of a tile", attend(None), [[2, 65, 4, 64]] * 3),
         ("attention", "attention, causal", attend(AttentionMask), square),
-        ("attention", "attention, padded", attend(lambda: AttentionMask(starts)), square),
+        ("attention", "attention, padded", padded, square),
         ("attention", "attention, packed", attend(lambda: AttentionMask(None, segments)), square),
         ("attention", "attention, KV cache", attend(AttentionMask), [[2, 24, 8, 64], *square[1:]]),
     ]
