@@ -36,8 +36,8 @@ def shapes(rng, kinds=scenes.SEEN, least=1, most=4):
         repeated = [kind for kind in kinds if kind[1] == chosen[0][1]]
         chosen = [rng.choice(repeated) if i and rng.random() < 0.7 else kind for i, kind in enumerate(chosen)]
     items = scenes.arrange(chosen, rng)
-    by_color, by_shape, by_name = (_single(items, lambda item, key=key: getattr(item, key)) for key in ("color", "shape", "name"))
-    # A description would give all other answers away, and long answers would outweigh short ones beside them.
+    by_color, by_shape, by_name = (_single(items, key) for key in ("color", "shape", "name"))
+    # Apart from the others: a description gives all their answers away, and long answers outweigh short ones.
     kind = rng.random()
     if kind < 0.2:
         turns = [_describe(items)]
@@ -164,10 +164,10 @@ def _describe(items):
     return Turn("description", "Please describe this picture.", ", ".join(parts))
 
 
-def _single(items, key):
-    """The items that no other is equal to in ``key``."""
-    keys = [key(item) for item in items]
-    return [item for item, own in zip(items, keys) if keys.count(own) == 1]
+def _single(items, attribute):
+    """The items that no other is equal to in ``attribute``."""
+    values = [getattr(item, attribute) for item in items]
+    return [item for item, value in zip(items, values) if values.count(value) == 1]
 
 
 def _shuffled(turns, rng):
