@@ -65,8 +65,8 @@ FLAGS = f"""
 """.split()
 
 # Part of the data, steps, and the learning rate, which is low for so small a batch: at 1e-3 the loss stops falling early.
-FIRST = ("first", 400, "--learning_rate 6e-4 --warmup_steps 100 --lr_scheduler_type constant_with_warmup".split())
-STAGE1 = ("train", 4000, "--learning_rate 6e-4 --warmup_steps 50 --lr_scheduler_type cosine".split())
+FIRST = ("first", 400, "--learning_rate 5e-4 --warmup_steps 100 --lr_scheduler_type constant_with_warmup".split())
+STAGE1 = ("train", 4000, "--learning_rate 5e-4 --warmup_steps 50 --lr_scheduler_type cosine".split())
 STAGE2 = ("train", 1000, "--learning_rate 3e-4 --warmup_steps 50 --lr_scheduler_type cosine".split())
 BATCH = 64
 
