@@ -1,9 +1,9 @@
-"""Draw the scenes and clips of paddlemix/demo_images again.
+"""Draw the scenes and the clip of paddlemix/demo_images again.
 
   python tools/draw_demo_images.py [OUTPUT_DIR]
 
 The scenes are of the kind that the bundled demo model was trained on: coloured shapes on a plain ground, a short text, a bar
-chart, a shape that moves. ``pan.mp4`` pans over coffee.jpg. The photographs themselves are not drawn: see ATTRIBUTION.md.
+chart, a shape that moves. Photographs and ``bunny.mp4`` are not drawn: see ATTRIBUTION.md.
 """
 
 import argparse
@@ -67,14 +67,6 @@ def falling(num_frames=16, radius=28):
         yield shapes(("blue", "square", SIDE / 2, y), radius=radius)
 
 
-def pan(photo, num_frames=24, width=320, height=240):
-    """A window that moves over a photograph from left to right."""
-    for number in range(num_frames):
-        left = round(number / (num_frames - 1) * (photo.width - width))
-        top = (photo.height - height) // 2
-        yield photo.crop((left, top, left + width, top + height))
-
-
 def write_clip(path, frames, rate=8):
     with av.open(str(path), "w") as output:
         stream = output.add_stream("libx264", rate=rate, options={"crf": "23"})
@@ -100,8 +92,6 @@ def main():
     for number, scene in enumerate(scenes, start=1):
         scene.save(output / f"scene_{number}.png", optimize=True)
     write_clip(output / "clip.mp4", falling())
-    with Image.open(DEMO_IMAGES / "coffee.jpg") as photo:
-        write_clip(output / "pan.mp4", pan(photo))
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def test_bundled_files_are_small_and_attributed():
 def test_bundled_scenes_and_clips_can_be_drawn_again(tmp_path):
     subprocess.run([sys.executable, ROOT / "tools" / "draw_demo_images.py", tmp_path], check=True, capture_output=True)
     drawn = sorted(path.name for path in tmp_path.iterdir())
-    assert drawn == ["clip.mp4", "pan.mp4", *(f"scene_{number}.png" for number in range(1, 6))]
+    assert drawn == ["clip.mp4", *(f"scene_{number}.png" for number in range(1, 6))]
     for name in drawn:
         read = open_image if name.endswith("png") else lambda path: sample_frames(path, 1)[0]
         bundled, redrawn = (np.asarray(read(folder / name)).astype(int) for folder in (DEMO_IMAGES, tmp_path))
