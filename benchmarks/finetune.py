@@ -15,7 +15,7 @@ import numpy as np
 import sides
 from sides import seconds
 
-from paddlemix.errors import user_errors_exit
+from paddlemix.errors import command_main
 from paddlemix.models.internvl2 import InternVLChatConfig
 from paddlemix.models.internvl2.flops import decoder_flops, parameter_counts, vision_flops
 
@@ -109,7 +109,7 @@ def parse_arguments():
     return options
 
 
-@user_errors_exit
+@command_main
 def main():
     options = parse_arguments()
     if options.side:

@@ -18,7 +18,7 @@ import machine
 import numpy as np
 import sides
 
-from paddlemix.errors import UserError, user_errors_exit
+from paddlemix.errors import UserError, command_main
 
 # Tiles of each picture, and the question's marks.
 CASES = {
@@ -113,7 +113,7 @@ def parse_arguments():
     return options
 
 
-@user_errors_exit
+@command_main
 def main():
     options = parse_arguments()
     if options.case:

@@ -19,7 +19,7 @@ import machine
 import numpy as np
 import sides
 
-from paddlemix.errors import user_errors_exit
+from paddlemix.errors import command_main
 
 REST = "everything else"
 
@@ -74,7 +74,7 @@ def parse_arguments():
     return options
 
 
-@user_errors_exit
+@command_main
 def main():
     options = parse_arguments()
     os.environ["OMP_NUM_THREADS"] = str(options.threads)

@@ -1,11 +1,13 @@
 """Errors that a user can act on.
 
 Each message is one sentence that names the file, field or sample and says what to do. Command-line programs print the
-message alone and exit with code 1 (:func:`user_errors_exit`); in a library the class tells what kind of thing was wrong.
+message alone and exit with code 1 (:func:`command_main`); in a library the class tells what kind of thing was wrong.
 """
 
 import functools
+import os
 import sys
+import warnings
 
 
 class UserError(ValueError):
@@ -48,11 +50,16 @@ class DeviceError(UserError):
     """The requested device or dtype is not available on this machine."""
 
 
-def user_errors_exit(main):
-    """Decorate a command's ``main()``: a :class:`UserError` becomes one line on stderr and exit code 1; Ctrl-C gives 130."""
+def command_main(main):
+    """Decorate a command's ``main()``: a :class:`UserError` becomes one line on stderr and exit code 1; Ctrl-C gives 130.
+
+    Paddle's notices at its start, about loaded libraries and a compiler cache, are left out.
+    """
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs):
+        os.environ.setdefault("GLOG_minloglevel", "2")
+        warnings.filterwarnings("ignore", message="No ccache found")
         try:
             return main(*args, **kwargs)
         except UserError as error:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from paddlemix import device
 from paddlemix.datasets.internvl2.records import read_meta
-from paddlemix.errors import ConfigError, DataError, DeviceError, user_errors_exit
+from paddlemix.errors import ConfigError, DataError, DeviceError, command_main
 from paddlemix.models.internvl2.adapters import with_adapters
 from paddlemix.models.internvl2.checkpoint import weight_table
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
@@ -485,7 +485,7 @@ def read_config(model_args):
     return InternVLChatConfig.from_pretrained(resolve(model_args.model_name_or_path))
 
 
-@user_errors_exit
+@command_main
 def main(argv=None):
     """The command line."""
     argv = sys.argv[1:] if argv is None else argv

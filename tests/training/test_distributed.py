@@ -120,7 +120,7 @@ def test_a_bad_loss_in_one_process_ends_both_with_the_names(tmp_path):
 import numpy as np
 from paddlemix.training import trainer
 from paddlemix.training.arguments import parse
-from paddlemix.errors import user_errors_exit
+from paddlemix.errors import command_main
 step = trainer.Trainer.step
 def poisoned(self, number, batches):
     if number == 1 and self.processes.rank == 1:
@@ -130,7 +130,7 @@ def poisoned(self, number, batches):
         batches[0]["names"] = ["data.jsonl:99"]
     return step(self, number, batches)
 trainer.Trainer.step = poisoned
-user_errors_exit(lambda: trainer.finetune(*parse({flags(tmp_path, output="two")!r})))()
+command_main(lambda: trainer.finetune(*parse({flags(tmp_path, output="two")!r})))()
 """
     script = tmp_path / "run.py"
     script.write_text(program)

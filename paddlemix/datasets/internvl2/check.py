@@ -20,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 import paddlemix
-from paddlemix.errors import ConfigError, UserError, user_errors_exit
+from paddlemix.errors import ConfigError, UserError, command_main
 from paddlemix.models.internvl2 import InternVLChatConfig, load_tokenizer
 from paddlemix.models.internvl2.hub import resolve
 
@@ -183,7 +183,7 @@ def _parser():
     return parser
 
 
-@user_errors_exit
+@command_main
 def main(argv=None):
     """Parse the command line, check, report; exit code 1 if a record cannot be used."""
     args = _parser().parse_args(argv)

@@ -1,13 +1,11 @@
 """What the chat commands share: their flags, loading a model, and asking. Quick to import."""
 
 import argparse
-import os
 import sys
-import warnings
 from pathlib import Path
 
 import paddlemix
-from paddlemix.errors import UserError, user_errors_exit
+from paddlemix.errors import UserError, command_main
 
 ROOT = Path(paddlemix.__file__).parent
 DEMO_MODEL = ROOT / "demo_model"
@@ -53,7 +51,7 @@ def make_parser(description):
     return parser
 
 
-@user_errors_exit
+@command_main
 def run(args, text, paths, attach, finish=None):
     """Load the model that ``args`` name and ask it.
 
@@ -65,8 +63,6 @@ def run(args, text, paths, attach, finish=None):
             configuration wants; ``marks`` go before the question unless it says itself where pictures go.
         finish: called with the session after the first answer.
     """
-    os.environ.setdefault("GLOG_minloglevel", "2")
-    warnings.filterwarnings("ignore", message="No ccache found")  # Paddle says so at every start; nothing is compiled with it
     from paddlemix import device
     from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
     from paddlemix.models.internvl2.hub import resolve

@@ -8,16 +8,14 @@
 ``python -m paddle.distributed.launch`` before it, the same runs on several devices.
 """
 
-import os
 import sys
 
-from paddlemix.errors import user_errors_exit
+from paddlemix.errors import command_main
 
 
-@user_errors_exit
+@command_main
 def main(argv=None):
     """Parse the command line and train, or print the plan with --dry_run."""
-    os.environ.setdefault("GLOG_minloglevel", "2")
     argv = sys.argv[1:] if argv is None else argv
     if "--dry_run" in argv:
         from paddlemix.training import plan

@@ -10,7 +10,7 @@ import shutil
 
 from tqdm import tqdm
 
-from paddlemix.errors import CheckpointError, user_errors_exit
+from paddlemix.errors import CheckpointError, command_main
 
 from .checkpoint import LAYOUTS, Checkpoint, convert_checkpoint
 from .configuration import InternVLChatConfig
@@ -51,12 +51,13 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"to {layout} layout") as bar:
         convert_checkpoint(checkpoint, target, layout, max_shard_size, dtype, progress=bar.update)
     try:
-        _copy_small_files(source, target, dtype)
+        copy_small_files(source, target, dtype)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be copied: {error.strerror}") from None
 
 
-def _copy_small_files(source, target, dtype):
+def copy_small_files(source, target, dtype):
+    """Copy what a checkpoint has beside its weights, and let ``config.json`` say ``dtype`` unless that is None."""
     for name in sorted(os.listdir(source)):
         path = os.path.join(source, name)
         if name.endswith(_COPIED_SUFFIXES) and name not in INDEX_FILES and os.path.isfile(path):
@@ -75,7 +76,7 @@ def _copy_small_files(source, target, dtype):
         file.write("\n")
 
 
-@user_errors_exit
+@command_main
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(

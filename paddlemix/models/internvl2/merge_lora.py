@@ -7,12 +7,12 @@ import argparse
 import dataclasses
 import os
 
-from paddlemix.errors import CheckpointError, user_errors_exit
+from paddlemix.errors import CheckpointError, command_main
 
 from .adapters import SCALE, adapter_names
 from .checkpoint import Checkpoint, weight_table
 from .configuration import InternVLChatConfig
-from .convert import _copy_small_files
+from .convert import copy_small_files
 from .hub import resolve
 from .weight_files import OutgoingTensor, convert_dtype, open_weight_file, write_safetensors
 
@@ -68,11 +68,11 @@ def merge(source, target, max_shard_size="5GB"):
         published.update(zip((part.name for part in wrapped.parts), (part.name for part in weight.parts)))
     tensors = [outgoing(entry, published[entry.part.name]) for entry in checkpoint.sources if entry.part.name in published]
     write_safetensors(target, tensors, {"format": "pt" if checkpoint.layout == "torch" else "np"}, max_shard_size)
-    _copy_small_files(source, target, None)
+    copy_small_files(source, target, None)
     plain.save(target)
 
 
-@user_errors_exit
+@command_main
 def main(argv=None):
     """The command line."""
     parser = argparse.ArgumentParser(

@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from paddlemix.errors import UserError, user_errors_exit
+from paddlemix.errors import UserError, command_main
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_finetune.signs import QUESTION, write_data
 
@@ -38,7 +38,6 @@ def accuracy(directory, meta_path, device="cpu", batch=50):
         device: where to run.
         batch: pictures that are asked about at once.
     """
-    os.environ.setdefault("GLOG_minloglevel", "2")
     import numpy as np
 
     from paddlemix import device as devices
@@ -102,7 +101,7 @@ def finetune(meta_path, output_dir, epochs, device, more=()):
         raise UserError(f"training failed: see above; to run it alone: {' '.join(command)}")
 
 
-@user_errors_exit
+@command_main
 def main():
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from paddlemix.errors import user_errors_exit
+from paddlemix.errors import command_main
 
 BATCH = 32  # questions that are asked at once
 
@@ -66,7 +66,6 @@ def evaluate(directory, meta_paths, limit=None, device="cpu"):
     Returns:
         For each meta file a dictionary ``{task: (right, asked)}``, and a list of wrong answers (task, question, answer, truth).
     """
-    os.environ.setdefault("GLOG_minloglevel", "2")
     from paddlemix import device as devices
     from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
     from paddlemix.processors.internvl2.image import load_image
@@ -106,7 +105,7 @@ def format_table(names, tables):
     return "\n".join(rows)
 
 
-@user_errors_exit
+@command_main
 def main():
     """Parse the command line, ask and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

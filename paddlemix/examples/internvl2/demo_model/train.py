@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from paddlemix.errors import UserError, user_errors_exit
+from paddlemix.errors import UserError, command_main
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_model import data, scenes
 from paddlemix.examples.internvl2.demo_model.evaluate import evaluate, format_table
@@ -73,7 +73,6 @@ BATCH = 64
 
 def write_parts(directory):
     """A checkpoint of random weights, from which stage 1 takes its vision tower and its language model."""
-    os.environ.setdefault("GLOG_minloglevel", "2")
     import paddle
 
     from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel, load_tokenizer
@@ -159,7 +158,7 @@ def draw_curve(logs, picture_path):
     figure.savefig(picture_path, dpi=120)
 
 
-@user_errors_exit
+@command_main
 def main():
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -96,14 +96,14 @@ set -- \
     --sharding "$SHARDING" \
     "$@"
 
+trainer=$(dirname "$SHELL_DIR")/internvl_chat_finetune.py
 for argument in "$@"; do
     if [ "$argument" = --dry_run ]; then
-        start "$PYTHON" -m paddlemix.training.plan --processes "$GPUS" "$@"
+        start "$PYTHON" "$trainer" --processes "$GPUS" "$@"
     fi
 done
 
 mkdir -p "$OUTPUT_DIR"
-trainer=$(dirname "$SHELL_DIR")/internvl_chat_finetune.py
 if [ "$GPUS" -eq 1 ]; then
     start "$PYTHON" "$trainer" "$@"
 fi
