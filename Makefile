@@ -29,7 +29,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	  "Python %d.%d is not supported: install 3.10, 3.11 or 3.12 and run make PYTHON=python3.11" % v)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "could not create $(VENV): install Python's venv module (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
-	@echo "Installing into $(VENV) (about 1.2 GB, a few minutes) ..."
+	@echo "Installing into $(VENV) (about 1.5 GB, a few minutes) ..."
 	$(BIN)/pip install --disable-pip-version-check $(PADDLE_$(DEVICE))
 	grep -v '^paddlepaddle' requirements.txt > $(VENV)/requirements.txt
 	$(BIN)/pip install --disable-pip-version-check --progress-bar on -q -r $(VENV)/requirements.txt -r requirements-dev.txt
