@@ -13,6 +13,7 @@ from PIL import Image
 from paddlemix.datasets.internvl2.records import read_meta
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_finetune import run, signs
+from paddlemix.examples.internvl2.demo_training import draw_losses
 from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
 from paddlemix.processors.internvl2.image import load_image
 
@@ -70,11 +71,11 @@ def test_accuracy_counts_exact_answers(tmp_path):
 def test_curve_is_a_picture_of_the_losses(tmp_path):
     log = tmp_path / "train_log.jsonl"
     log.write_text("\n".join(json.dumps({"step": i, "loss": 2 / i}) for i in range(1, 50)) + '\n{"eval_loss": 1.0}\n')
-    run.draw_curve(log, tmp_path / "loss.png")
+    draw_losses([log], tmp_path / "loss.png", "title")
     first = Image.open(tmp_path / "loss.png")
     assert first.width > 500
     log.write_text("\n".join(json.dumps({"step": i, "loss": 2.0}) for i in range(1, 50)) + "\n")
-    run.draw_curve(log, tmp_path / "flat.png")
+    draw_losses([log], tmp_path / "flat.png", "title")
     assert first.tobytes() != Image.open(tmp_path / "flat.png").tobytes()
 
 

@@ -8,18 +8,13 @@ script as the published models (vision tower frozen), measures again, and draws 
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-from paddlemix.errors import UserError, command_main
+from paddlemix.errors import command_main
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_finetune.signs import QUESTION, write_data
-
-SCRIPT = "internvl2.0/2nd_finetune/internvl2_1b_qwen2_0_5b_dynamic_res_2nd_finetune_full.sh"
+from paddlemix.examples.internvl2.demo_training import draw_losses, run_script
 
 # What differs from the script's settings: a model of 112-pixel tiles, so small that it bears a high learning rate; and steps
 # so short that workers and a dashboard would only be in the way.
@@ -41,64 +36,23 @@ def accuracy(directory, meta_path, device="cpu", batch=50):
     import numpy as np
 
     from paddlemix import device as devices
+    from paddlemix.datasets.internvl2.records import read_meta
     from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
     from paddlemix.processors.internvl2.image import load_image
 
     devices.set_device(device)
     model, tokenizer = InternVLChatModel.from_pretrained(directory), load_tokenizer(directory)
-    (entry,) = json.loads(Path(meta_path).read_text(encoding="utf-8")).values()
-    records = [json.loads(line) for line in Path(entry["annotation"]).read_text(encoding="utf-8").splitlines()]
+    (source,) = read_meta(meta_path)
+    records = [source.read(i) for i in range(len(source))]
     right = 0
     for start in range(0, len(records), batch):
         asked = records[start : start + batch]
-        paths = [os.path.join(entry["root"], record["image"]) for record in asked]
+        paths = [path for record in asked for path in record.images]
         pixels = np.concatenate([load_image(path, input_size=model.config.image_size, max_num=1) for path in paths])
         questions = [f"<image>\n{QUESTION}"] * len(asked)
         answers = model.batch_chat(tokenizer, pixels, questions, dict(max_new_tokens=16), num_patches_list=[1] * len(asked))
-        right += sum(answer == record["conversations"][1]["value"] for answer, record in zip(answers, asked))
+        right += sum(answer == record.conversations[1]["value"] for answer, record in zip(answers, asked))
     return right / len(records)
-
-
-def draw_curve(log_path, picture_path):
-    """Draw the loss of each step in a ``train_log.jsonl``, and the mean of the last ten, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [json.loads(line) for line in Path(log_path).read_text(encoding="utf-8").splitlines()]
-    rows = [row for row in rows if "loss" in row]
-    steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
-    recent = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(steps, losses, color="lightsteelblue", linewidth=0.8, label="each step")
-    axes.plot(steps, [sum(row) / len(row) for row in recent], color="midnightblue", label="mean of the last 10")
-    axes.set(xlabel="step", ylabel="loss", title="Demo model learning road signs", yscale="log")
-    axes.legend()
-    figure.savefig(picture_path, dpi=120)
-
-
-def finetune(meta_path, output_dir, epochs, device, more=()):
-    """Run the script on the demo model; the terminal shows what it says.
-
-    Raises:
-        UserError: it failed.
-    """
-    environment = {
-        **os.environ,
-        "DEVICE": device,
-        "GPUS": "1",
-        "PYTHON": sys.executable,
-        "MODEL": str(cli.DEMO_MODEL),
-        "META": str(meta_path),
-        "OUTPUT_DIR": str(output_dir),
-        "BATCH_SIZE": "16",
-        "PER_DEVICE_BATCH_SIZE": "16",
-    }
-    script = cli.ROOT / "examples" / "internvl2" / "shell" / SCRIPT
-    command = ["sh", str(script), *FLAGS, "--num_train_epochs", str(epochs), *more]
-    if subprocess.run(command, env=environment).returncode:
-        raise UserError(f"training failed: see above; to run it alone: {' '.join(command)}")
 
 
 @command_main
@@ -118,9 +72,16 @@ def main():
     before = accuracy(str(cli.DEMO_MODEL), heldout, args.device)
     print(f"held-out accuracy before: {before:.1%} of {args.heldout} pictures", flush=True)
     start = time.monotonic()
-    finetune(output / "data" / "train.json", output / "model", args.epochs, args.device, more)
+    run_script(
+        [*FLAGS, "--num_train_epochs", str(args.epochs), *more],
+        model=cli.DEMO_MODEL,
+        meta=output / "data" / "train.json",
+        output_dir=output / "model",
+        batch=16,
+        device=args.device,
+    )
     minutes = (time.monotonic() - start) / 60
-    draw_curve(output / "model" / "train_log.jsonl", output / "loss.png")
+    draw_losses([output / "model" / "train_log.jsonl"], output / "loss.png", "Demo model learning road signs")
     after = accuracy(str(output / "model"), heldout, args.device)
     print(f"held-out accuracy before: {before:.1%}, after: {after:.1%}; trained for {minutes:.1f} minutes")
     print(f"loss curve: {output / 'loss.png'}; model: {output / 'model'}; try it:")

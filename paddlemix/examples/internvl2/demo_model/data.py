@@ -100,7 +100,10 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual number of pictures (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name in args.parts.split(","):
+    parts = args.parts.split(",")
+    if unknown := [name for name in parts if name not in PARTS]:
+        parser.error(f"--parts '{unknown[0]}' is not known: use {', '.join(PARTS)}")
+    for name in parts:
         write_part(args.directory, name, args.scale, args.seed)
 
 

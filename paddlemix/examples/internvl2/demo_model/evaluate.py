@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from paddlemix.datasets.internvl2.records import read_meta
 from paddlemix.errors import command_main
 
 BATCH = 32  # questions that are asked at once
@@ -21,12 +22,12 @@ BATCH = 32  # questions that are asked at once
 
 def read_questions(meta_path):
     """The questions of a meta file of one part: list of (task, question with its picture marks, answer, paths)."""
-    (entry,) = json.loads(Path(meta_path).read_text(encoding="utf-8")).values()
+    (source,) = read_meta(meta_path)
     questions = []
-    for line in Path(entry["annotation"]).read_text(encoding="utf-8").splitlines():
+    for line in Path(source.annotation).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         texts = [turn["value"] for turn in record["conversations"]]
-        paths = [os.path.join(entry["root"], name) for name in record["image"]]
+        paths = [os.path.join(source.root, name) for name in record["image"]]
         for task, question, answer in zip(record["tasks"], texts[::2], texts[1::2]):
             questions.append((task, record["prefix"] + question.removeprefix(record["prefix"]), answer, paths))
     return questions

@@ -1,0 +1,74 @@
+"""What the programs that train on drawn data share: starting the fine-tuning script, and a picture of the losses."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from paddlemix.errors import UserError
+
+EXAMPLES = Path(__file__).parent
+SCRIPT = EXAMPLES / "shell" / "internvl2.0" / "2nd_finetune" / "internvl2_1b_qwen2_0_5b_dynamic_res_2nd_finetune_full.sh"
+
+
+def run_training(command, processes=1, **environment):
+    """Run a command that trains; the terminal shows what it says.
+
+    Args:
+        command: list of words.
+        processes: that it starts.
+        environment: variables beside those of this process.
+
+    Raises:
+        UserError: it failed.
+    """
+    if processes > 1:  # small tensors are no work for several threads
+        environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **environment}
+    if subprocess.run(command, env={**os.environ, **environment}).returncode:
+        raise UserError(f"training failed: see above; to run it alone: {' '.join(command)}")
+
+
+def run_script(flags, *, model, meta, output_dir, batch, device, processes=1):
+    """Fine-tune with the shell script of InternVL2-1B.
+
+    Args:
+        flags: of the trainer, in place of the script's.
+        model, meta, output_dir: checkpoint to start from, meta file of the data, and where the result goes.
+        batch: samples of an update, which ``processes`` share.
+        device: where to run.
+    """
+    run_training(
+        ["sh", str(SCRIPT), *flags],
+        processes,
+        DEVICE=device,
+        GPUS=str(processes),
+        PYTHON=sys.executable,
+        MODEL=str(model),
+        META=str(meta),
+        OUTPUT_DIR=str(output_dir),
+        BATCH_SIZE=str(batch),
+        PER_DEVICE_BATCH_SIZE=str(batch // processes),
+    )
+
+
+def draw_losses(logs, picture_path, title):
+    """Draw the losses in some ``train_log.jsonl``, one run after the other, and their means of ten lines, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
+    done = 0
+    for path in map(Path, logs):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [row for row in rows if "loss" in row]
+        steps, losses = [done + row["step"] for row in rows], [row["loss"] for row in rows]
+        recent = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]
+        axes.plot(steps, losses, color="lightsteelblue", linewidth=0.8)
+        axes.plot(steps, [sum(row) / len(row) for row in recent], label=f"{path.parent.name}, mean of the last 10")
+        done = steps[-1]
+    axes.set(xlabel="step", ylabel="loss", title=title, yscale="log")
+    axes.legend()
+    figure.savefig(picture_path, dpi=120)
