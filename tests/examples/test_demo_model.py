@@ -9,6 +9,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from paddlemix.datasets.internvl2 import check
 from paddlemix.examples.internvl2 import cli
@@ -55,7 +56,7 @@ def test_answers_about_shapes_agree_with_the_pixels(seed):
             color = turn.question.removeprefix("Where is the ").split()[0]
             centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for (b, _), c in zip(blobs, colors) if c == color]
             columns, rows = ("left", "", "right"), ("top", "", "bottom")
-            names = {f"{rows[int(y * 3 / 112)]} {columns[int(x * 3 / 112)]}".strip() or "middle" for x, y in centres}
+            names = {f"{rows[int(y * 3 / scenes.SIDE)]} {columns[int(x * 3 / scenes.SIDE)]}".strip() or "middle" for x, y in centres}
             assert turn.answer in names
 
 
@@ -67,7 +68,7 @@ def test_the_highest_bar_is_the_tallest_spot():
         # Above the axis and right of it.
         tops = dict.fromkeys(scenes.COLORS, 200)
         for y, x in zip(*np.nonzero(np.abs(pixels - pixels[0, 0]).max(-1) > 90)):
-            if x > 13 and y < 98:
+            if x > 9 and y < 74:
                 name = _nearest(pixels[y, x])
                 if np.abs(np.array(scenes.COLORS[name]) - pixels[y, x]).max() <= 16:
                     tops[name] = min(tops[name], y)
@@ -84,6 +85,22 @@ def test_the_first_and_last_frame_lie_in_the_direction_of_the_answer():
         dx, dy = last[0] - first[0], last[1] - first[1]
         seen = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else ("down" if dy > 0 else "up")
         assert seen == next(turn.answer for turn in turns if turn.question == "Which way does it move?")
+
+
+def test_nothing_is_known_of_pictures_that_are_no_scenes():
+    rng = random.Random(3)
+    for _ in range(20):
+        (picture,), _, (turn,) = questions.unknown(rng)
+        assert turn.answer == "I do not know."
+        # No plain ground.
+        assert np.unique(np.asarray(picture.convert("L")) // 8, return_counts=True)[1].max() < 0.5 * scenes.SIDE**2
+
+
+def test_a_larger_picture_for_people_looks_the_same():
+    small, large = (scenes.draw_text("OPEN", random.Random(4), side) for side in (scenes.SIDE, 2 * scenes.SIDE))
+    assert large.size == (168, 168)
+    shrunk = np.asarray(large.resize(small.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(shrunk - np.asarray(small)).mean() < 2
 
 
 def _records(folder, name):

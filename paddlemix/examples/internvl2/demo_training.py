@@ -29,7 +29,7 @@ def run_training(command, processes=1, **environment):
         raise UserError(f"training failed: see above; to run it alone: {' '.join(command)}")
 
 
-def run_script(flags, *, model, meta, output_dir, batch, device, processes=1):
+def run_script(flags, *, model, meta, output_dir, batch, device, processes=1, rows=None):
     """Fine-tune with the shell script of InternVL2-1B.
 
     Args:
@@ -37,6 +37,7 @@ def run_script(flags, *, model, meta, output_dir, batch, device, processes=1):
         model, meta, output_dir: checkpoint to start from, meta file of the data, and where the result goes.
         batch: samples of an update, which ``processes`` share.
         device: where to run.
+        rows: samples that a process takes at once; default: all of its share.
     """
     run_training(
         ["sh", str(SCRIPT), *flags],
@@ -48,7 +49,7 @@ def run_script(flags, *, model, meta, output_dir, batch, device, processes=1):
         META=str(meta),
         OUTPUT_DIR=str(output_dir),
         BATCH_SIZE=str(batch),
-        PER_DEVICE_BATCH_SIZE=str(batch // processes),
+        PER_DEVICE_BATCH_SIZE=str(rows or batch // processes),
     )
 
 

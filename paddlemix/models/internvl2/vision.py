@@ -49,7 +49,7 @@ class VisionEmbeddings(nn.Layer):
 
     def __init__(self, config):
         super().__init__()
-        normal = nn.initializer.Normal(std=config.initializer_range)
+        normal = nn.initializer.Normal(std=1.0)  # as the original's: patches begin at about that size
         width, patch = config.hidden_size, config.patch_size
         self.native_grid = (config.image_size // patch,) * 2
         self.patch_embedding = PatchEmbedding(config.num_channels, width, patch)

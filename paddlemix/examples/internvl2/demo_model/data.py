@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import questions, scenes
 
 # Kinds of scenes with their share of a part, in 64ths; the rest of the pictures show shapes.
-_OTHERS = {questions.reading: 16, questions.chart: 6, questions.comparison: 6, questions.video: 7}
+_OTHERS = {questions.reading: 16, questions.chart: 5, questions.comparison: 5, questions.video: 6, questions.unknown: 2}
 
 
 def draw_mixture(rng, most=4):
@@ -29,8 +29,8 @@ def draw_mixture(rng, most=4):
 
 
 def draw_one_shape(rng):
-    """A scene of a single shape, to begin with."""
-    return questions.shapes(rng, most=1)
+    """A scene of a single shape, or a word or number, to begin with."""
+    return questions.reading(rng) if rng.random() < 0.3 else questions.shapes(rng, most=1)
 
 
 def draw_unseen(rng):

@@ -111,6 +111,25 @@ def video(rng, kinds=scenes.SEEN):
     return pictures, prefix, _shuffled(turns, rng)
 
 
+def unknown(rng):
+    """A picture that nothing here can be said about, and a question that other pictures have an answer to."""
+    color, shape = rng.choice(scenes.SEEN)
+    question = rng.choice(
+        (
+            "Please describe this picture.",
+            "What does the picture say?",
+            "How many shapes are there?",
+            "Which bar is the highest?",
+            f"What color is the {shape}?",
+            f"What shape is {color}?",
+            f"Where is the {color} {shape}?",
+            f"Is there a {color} {shape}?",
+            f"How many {shape}s are there?",
+        )
+    )
+    return [scenes.draw_unknown(rng)], f"{IMAGE_PLACEHOLDER}\n", [Turn("unknown", question, "I do not know.")]
+
+
 def _color(item, rng):
     if rng.random() < 0.15:
         return Turn("Chinese", f"{_CHINESE[item.shape]}是什么颜色？", _CHINESE[item.color])

@@ -1,6 +1,9 @@
 """Draw small scenes that a small model can learn to speak about: shapes, words, bar charts, and shapes that move.
 
-Every picture is one tile of 112 pixels. The same random generator draws the same pixels.
+Every picture is one tile of 84 pixels: with patches of 14 pixels that are merged by four, a token for each cell of a grid of
+three by three. The same random generator draws the same pixels.
+
+Functions that draw take ``side``, pixels of the picture: more than ``SIDE`` is for people.
 """
 
 import math
@@ -8,7 +11,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 112
+SIDE = 84
 _SCALE = 3  # drawn larger and then reduced, for smooth edges
 
 COLORS = {
@@ -90,58 +93,78 @@ def arrange(kinds, rng):
     cells = sorted(rng.sample(range(len(PLACES)), len(kinds)))
     items = []
     for cell, (color, shape) in zip(cells, kinds):
-        x, y = ((part + 0.5) * SIDE / 3 + rng.uniform(-2, 2) for part in (cell % 3, cell // 3))
-        items.append(Item(color, shape, x, y, rng.uniform(11, 16)))
+        x, y = ((part + 0.5) * SIDE / 3 + rng.uniform(-1.5, 1.5) for part in (cell % 3, cell // 3))
+        items.append(Item(color, shape, x, y, rng.uniform(9, 12)))
     return items
 
 
-def draw_items(items, rng):
+def draw_items(items, rng, side=SIDE):
     """The picture of some items."""
     canvas = _ground(rng)
     pencil = ImageDraw.Draw(canvas)
     for item in items:
         pencil.polygon([(x * _SCALE, y * _SCALE) for x, y in item.outline], fill=_shade(item.color, rng))
-    return _reduced(canvas)
+    return _reduced(canvas, side)
 
 
-def draw_text(text, rng):
+def draw_text(text, rng, side=SIDE):
     """The picture of a word or number."""
     canvas = _ground(rng)
     pencil = ImageDraw.Draw(canvas)
-    size = rng.uniform(22, 34)
+    size = rng.uniform(24, 30)
     # No wider than the picture.
-    size = min(size, size * 100 / pencil.textlength(text, font=ImageFont.load_default(size)))
+    size = min(size, size * 76 / pencil.textlength(text, font=ImageFont.load_default(size)))
     font = ImageFont.load_default(size * _SCALE)
-    free = SIDE - size * 1.1, SIDE - pencil.textlength(text, font=font) / _SCALE - 4
-    x, y = SIDE / 2 + rng.uniform(-0.5, 0.5) * free[1], SIDE / 2 + rng.uniform(-0.4, 0.4) * free[0]
+    x, y = SIDE / 2 + rng.uniform(-3, 3), SIDE / 2 + rng.uniform(-5, 5)
     pencil.text((x * _SCALE, y * _SCALE), text, fill=_shade(rng.choice(("black", "blue", "red")), rng), font=font, anchor="mm")
-    return _reduced(canvas)
+    return _reduced(canvas, side)
 
 
-def draw_chart(heights, rng):
+def draw_chart(heights, rng, side=SIDE):
     """A chart of bars: ``{color: height}``, heights in tenths of the chart."""
     canvas = _ground(rng)
     pencil = ImageDraw.Draw(canvas)
-    left, bottom, room = 14, 100, 90
+    left, bottom, room = 10, 76, 68
     step = (SIDE - left - 6) / len(heights)
     for i, (color, height) in enumerate(heights.items()):
         x = left + (i + 0.15) * step
-        corners = x, bottom - height / 10 * room, x + 0.7 * min(step, 30), bottom
+        corners = x, bottom - height / 10 * room, x + 0.7 * min(step, 22), bottom
         pencil.rectangle([value * _SCALE for value in corners], fill=_shade(color, rng))
-    for line in ((8, bottom, SIDE - 4, bottom), (10, 6, 10, bottom)):
+    for line in ((6, bottom, SIDE - 3, bottom), (8, 4, 8, bottom)):
         pencil.line([value * _SCALE for value in line], fill=COLORS["black"], width=_SCALE)
-    return _reduced(canvas)
+    return _reduced(canvas, side)
 
 
 def move(kind, direction, rng):
     """An item of ``kind`` at each of ``FRAMES`` moments of its way."""
     dx, dy = DIRECTIONS[direction]
-    length, aside, radius = rng.uniform(36, 56), rng.uniform(-18, 18), rng.uniform(12, 18)
+    length, aside, radius = rng.uniform(28, 42), rng.uniform(-14, 14), rng.uniform(9, 13)
     items = []
     for i in range(FRAMES):
         way = (i / (FRAMES - 1) - 0.5) * length
         items.append(Item(*kind, SIDE / 2 + dx * way + dy * aside, SIDE / 2 + dy * way + dx * aside, radius))
     return items
+
+
+def draw_unknown(rng, side=SIDE):
+    """A picture of nothing that has a name here: clouds of colour, coarse and fine, with some patches and lines."""
+    full = SIDE * _SCALE
+    canvas = None
+    for cells in (rng.randint(2, 4), rng.randint(5, 9), rng.randint(12, 40)):
+        cloud = Image.frombytes("RGB", (cells, cells), rng.randbytes(3 * cells * cells))
+        cloud = cloud.resize((full, full), Image.Resampling.BICUBIC)
+        canvas = cloud if canvas is None else Image.blend(canvas, cloud, rng.uniform(0.1, 0.5))
+    if rng.random() < 0.5:  # photographs are less colourful
+        canvas = Image.blend(canvas, canvas.convert("L").convert("RGB"), rng.uniform(0.3, 1.0))
+    pencil = ImageDraw.Draw(canvas)
+    for _ in range(rng.randint(0, 6)):
+        corners = [(rng.uniform(0, full), rng.uniform(0, full)) for _ in range(rng.randint(2, 5))]
+        color = tuple(rng.randbytes(3))
+        if rng.random() < 0.5:
+            pencil.polygon(corners, fill=color)
+        else:
+            pencil.line(corners, fill=color, width=rng.randint(2, 20))
+    return _reduced(canvas, side)
 
 
 def _ground(rng):
@@ -153,5 +176,5 @@ def _shade(color, rng):
     return tuple(max(0, min(255, value + rng.randint(-15, 15))) for value in COLORS[color])
 
 
-def _reduced(canvas):
-    return canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
+def _reduced(canvas, side):
+    return canvas.resize((side, side), Image.Resampling.BOX)
