@@ -87,7 +87,7 @@ def count_operators():
 
         return step
 
-    tile = np.zeros([1, 3, 112, 112], "float32")
+    tile = np.zeros([1, 3, *[model.config.image_size] * 2], "float32")
     steps = {
         "vision tower and projector": (lambda: model.extract_feature(tile), model.vision_model.encoder.layers),
         "prefill": (decode(32), language.model.layers),

@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -61,11 +62,30 @@ def test_accuracy_counts_exact_answers(tmp_path):
     model = InternVLChatModel.from_pretrained(str(cli.DEMO_MODEL))
     tokenizer = load_tokenizer(str(cli.DEMO_MODEL))
     for row in rows[:4]:
-        pixels = load_image(str(tmp_path / "heldout" / row["image"]), input_size=112, max_num=1)
+        pixels = load_image(str(tmp_path / "heldout" / row["image"]), input_size=model.config.image_size, max_num=1)
         question = f"<image>\n{signs.QUESTION}"
         row["conversations"][1]["value"] = model.chat(tokenizer, pixels, question, dict(max_new_tokens=16))
     (tmp_path / "heldout.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     assert run.accuracy(str(cli.DEMO_MODEL), tmp_path / "heldout.json", batch=3) == 0.5
+
+
+def test_what_it_started_ends_with_it(tmp_path):
+    """A terminated program passes the signal on and waits, so that training can save a checkpoint."""
+    training = f"""
+import pathlib, signal, sys, time
+folder = pathlib.Path({str(tmp_path)!r})
+signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / "saved").touch()))
+(folder / "started").touch()
+time.sleep(60)
+"""
+    code = "import sys; from paddlemix.examples.internvl2.demo_training import run_training; run_training(sys.argv[1:])"
+    program = subprocess.Popen([sys.executable, "-c", code, sys.executable, "-c", training])
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    program.terminate()
+    program.wait(timeout=30)
+    assert (tmp_path / "saved").exists()
 
 
 def test_curve_is_a_picture_of_the_losses(tmp_path):

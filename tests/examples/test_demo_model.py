@@ -5,15 +5,20 @@ import random
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from paddlemix.datasets.internvl2 import check
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_model import data, evaluate, questions, scenes
+
+MODEL = cli.DEMO_MODEL
+RESULTS = Path(data.__file__).parent / "results"
 
 
 def _blobs(picture):
@@ -56,8 +61,8 @@ def test_answers_about_shapes_agree_with_the_pixels(seed):
             color = turn.question.removeprefix("Where is the ").split()[0]
             centres = [((b[0] + b[2]) / 2, (b[1] + b[3]) / 2) for (b, _), c in zip(blobs, colors) if c == color]
             columns, rows = ("left", "", "right"), ("top", "", "bottom")
-            names = {f"{rows[int(y * 3 / scenes.SIDE)]} {columns[int(x * 3 / scenes.SIDE)]}".strip() or "middle" for x, y in centres}
-            assert turn.answer in names
+            cells = [(int(y * 3 / scenes.SIDE), int(x * 3 / scenes.SIDE)) for x, y in centres]
+            assert turn.answer in [f"{rows[row]} {columns[column]}".strip() or "middle" for row, column in cells]
 
 
 def test_the_highest_bar_is_the_tallest_spot():
@@ -158,6 +163,35 @@ def test_answers_are_exact_but_boxes_may_miss_by_a_part():
 def test_the_table_counts_answers_not_tasks():
     table = evaluate.format_table(["a"], [{"color": (1, 1), "place": (0, 3)}])
     assert table.splitlines()[-1] == "| overall | 25.0% of 4 |"
+
+
+def test_the_card_says_what_was_measured():
+    card, measured = (
+        (folder / name).read_text(encoding="utf-8") for folder, name in ((MODEL, "README.md"), (RESULTS, "accuracy.md"))
+    )
+    assert measured in card
+    for name in ("stage1_first", "stage1", "stage2"):
+        rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        steps = max(row["step"] for row in rows if "loss" in row)
+        assert re.search(rf"\b{steps:,} steps", card), f"{name}: {steps}"
+
+
+def test_the_bundled_model_is_small_and_of_the_original_layout():
+    assert sum(path.stat().st_size for path in MODEL.iterdir()) < 20e6
+    with safe_open(MODEL / "model.safetensors", "np") as file:
+        names = list(file.keys())
+        assert {file.get_slice(name).get_dtype() for name in names} == {"BF16"}
+    assert "language_model.model.layers.0.self_attn.q_proj.weight" in names  # as in InternVL2-1B
+
+
+def test_the_bundled_model_answers_as_its_card_says(tmp_path):
+    """Scenes that are neither in training nor in the table; so few that some points are chance."""
+    meta = data.write_part(tmp_path, "heldout", 0.1, seed=1, processes=1)
+    (table,), _ = evaluate.evaluate(str(MODEL), [str(meta)])
+    right, asked = map(sum, zip(*table.values()))
+    (overall,) = re.findall(r"\| overall \| ([\d.]+)%", (RESULTS / "accuracy.md").read_text(encoding="utf-8"))
+    assert asked > 200
+    assert abs(right / asked - float(overall) / 100) < 0.05
 
 
 @pytest.mark.slow

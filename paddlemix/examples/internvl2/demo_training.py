@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,16 @@ def run_training(command, processes=1, **environment):
     """
     if processes > 1:  # small tensors are no work for several threads
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **environment}
-    if subprocess.run(command, env={**os.environ, **environment}).returncode:
+    process = subprocess.Popen(command, env={**os.environ, **environment})
+    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves a checkpoint before it ends
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        code = process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if code:
         raise UserError(f"training failed: see above; to run it alone: {' '.join(command)}")
 
 

@@ -2,8 +2,9 @@
 
   python -m paddlemix.examples.internvl2.demo_model.data OUTPUT_DIR
 
-makes ``first.json`` (one shape a picture), ``train.json`` (everything), ``heldout.json`` (other seeds) and ``unseen.json``
-(colours and shapes that never met in training). The same seed makes the same files.
+makes ``first.json`` (one shape a picture, or a text), ``finding.json`` (mostly one shape among others), ``train.json``
+(everything), ``heldout.json`` (other seeds) and ``unseen.json`` (colours and shapes that never met in training). The same seed
+makes the same files.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from . import questions, scenes
 
 # Kinds of scenes with their share of a part, in 64ths; the rest of the pictures show shapes.
-_OTHERS = {questions.reading: 16, questions.chart: 5, questions.comparison: 5, questions.video: 6, questions.unknown: 2}
+_OTHERS = {questions.reading: 12, questions.chart: 4, questions.comparison: 7, questions.video: 6, questions.unknown: 2}
 
 
 def draw_mixture(rng, most=4):
@@ -33,6 +34,11 @@ def draw_one_shape(rng):
     return questions.reading(rng) if rng.random() < 0.3 else questions.shapes(rng, most=1)
 
 
+def draw_finding(rng):
+    """Mostly scenes that ask to find one shape among others, which is the slowest thing to learn."""
+    return draw_mixture(rng) if rng.random() < 0.2 else questions.finding(rng)
+
+
 def draw_unseen(rng):
     """A scene of shapes in colours in which training never showed them."""
     kind = rng.choices((questions.shapes, questions.comparison, questions.video), (48, 7, 8))[0]
@@ -42,7 +48,8 @@ def draw_unseen(rng):
 # What draws a part, and how many scenes it has.
 PARTS = {
     "first": (draw_one_shape, 6_000),
-    "train": (draw_mixture, 60_000),
+    "finding": (draw_finding, 40_000),
+    "train": (draw_mixture, 80_000),
     "heldout": (draw_mixture, 1_000),
     "unseen": (draw_unseen, 500),
 }

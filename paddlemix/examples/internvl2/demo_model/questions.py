@@ -44,15 +44,29 @@ def shapes(rng, kinds=scenes.SEEN, least=1, most=4):
     elif kind < 0.35 and by_name:
         turns = [_box(rng.choice(by_name))]
     else:
-        turns = [_count_all(items), _count(items, rng), _exists(items, kinds, rng)]
+        turns = [_count_all(items) if rng.random() < 0.5 else _count(items, rng), _exists(items, kinds, rng)]
         if by_shape:
             turns.append(_color(rng.choice(by_shape), rng))
         if by_color:
             turns.append(_shape(rng.choice(by_color), rng))
         if by_name:
-            turns.append(_place(rng.choice(by_name)))
+            turns.append(_place(rng.choice(by_name), by_shape, rng))
         turns = _shuffled(turns, rng)[:MOST_TURNS]
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", turns
+
+
+def finding(rng, kinds=scenes.SEEN):
+    """Two or three shapes, and something about each that only its name tells from the others."""
+    items = scenes.arrange([rng.choice(kinds) for _ in range(rng.randint(2, 3))], rng)
+    by_color, by_shape, by_name = (_single(items, key) for key in ("color", "shape", "name"))
+    turns = [_exists(items, kinds, rng), _exists(items, kinds, rng)]
+    for item in items:
+        possible = [_color(item, rng)] if item in by_shape else []
+        possible += [_shape(item, rng)] if item in by_color else []
+        possible += [_place(item, by_shape, rng)] if item in by_name else []
+        if possible:
+            turns.append(rng.choice(possible))
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 
 def reading(rng):
@@ -142,8 +156,9 @@ def _shape(item, rng):
     return Turn("shape", f"What shape is {item.color}?", item.shape)
 
 
-def _place(item):
-    return Turn("place", f"Where is the {item.name}?", item.place)
+def _place(item, by_shape, rng):
+    name = item.shape if item in by_shape and rng.random() < 0.3 else item.name
+    return Turn("place", f"Where is the {name}?", item.place)
 
 
 def _box(item):
@@ -154,10 +169,10 @@ def _box(item):
 def _exists(items, kinds, rng):
     """Half of the answers are yes; where they are no, the colour or the shape is often there."""
     present = sorted({(item.color, item.shape) for item in items})
-    if rng.random() < 0.5:
+    absent = [kind for kind in kinds if kind not in present]
+    if rng.random() < 0.5 or not absent:
         asked = rng.choice(present)
     else:
-        absent = [kind for kind in kinds if kind not in present]
         near = [kind for kind in absent if any(kind[0] == p[0] or kind[1] == p[1] for p in present)]
         asked = rng.choice(near if near and rng.random() < 0.7 else absent)
     return Turn("yes/no", f"Is there a {' '.join(asked)}?", _yes(asked in present))
