@@ -19,7 +19,14 @@ from tqdm import tqdm
 from . import questions, scenes
 
 # Kinds of scenes with their share of a part, in 64ths; the rest of the pictures show shapes.
-_OTHERS = {questions.reading: 12, questions.chart: 4, questions.comparison: 7, questions.video: 6, questions.unknown: 2}
+_OTHERS = {
+    questions.reading: 10,
+    questions.chart: 4,
+    questions.comparison: 6,
+    questions.video: 7,
+    questions.unnamed: 7,
+    questions.unknown: 2,
+}
 
 
 def draw_mixture(rng, most=4):

@@ -39,10 +39,10 @@ def shapes(rng, kinds=scenes.SEEN, least=1, most=4):
     by_color, by_shape, by_name = (_single(items, key) for key in ("color", "shape", "name"))
     # Apart from the others: a description gives all their answers away, and long answers outweigh short ones.
     kind = rng.random()
-    if kind < 0.2:
+    if kind < 0.15:
         turns = [_describe(items)]
-    elif kind < 0.35 and by_name:
-        turns = [_box(rng.choice(by_name))]
+    elif kind < 0.4 and by_name:
+        turns = [_box(item) for item in rng.sample(by_name, min(2, len(by_name)))]
     else:
         turns = [_count_all(items) if rng.random() < 0.5 else _count(items, rng), _exists(items, kinds, rng)]
         if by_shape:
@@ -66,6 +66,17 @@ def finding(rng, kinds=scenes.SEEN):
         possible += [_place(item, by_shape, rng)] if item in by_name else []
         if possible:
             turns.append(rng.choice(possible))
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
+
+
+def unnamed(rng):
+    """Shapes in any colors, told by shape alone: what a shape is must not depend on its color."""
+    chosen = [rng.choice(SHAPES) for _ in range(rng.choice((1, 1, 2, 3)))]
+    items = scenes.arrange([(scenes.any_color(shape, rng), shape) for shape in chosen], rng)
+    turns = [_count(items, rng)]
+    turns += [Turn("place", f"Where is the {item.shape}?", item.place) for item in _single(items, "shape")]
+    if len(items) == 1:
+        turns.append(Turn("shape", "What shape is this?", items[0].shape))
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 

@@ -44,12 +44,13 @@ class Item:
     """A shape in a picture.
 
     Attributes:
-        color, shape: names, keys of ``COLORS`` and members of ``SHAPES``.
+        color: a key of ``COLORS``, or (red, green, blue) of a color without a name.
+        shape: one of ``SHAPES``.
         x, y: centre in pixels.
         radius: of the circle around it, in pixels.
     """
 
-    color: str
+    color: str | tuple
     shape: str
     x: float
     y: float
@@ -96,6 +97,15 @@ def arrange(kinds, rng):
         x, y = ((part + 0.5) * SIDE / 3 + rng.uniform(-1.5, 1.5) for part in (cell % 3, cell // 3))
         items.append(Item(color, shape, x, y, rng.uniform(9, 12)))
     return items
+
+
+def any_color(shape, rng):
+    """A random color that stands out from the ground, and is not near those in which ``shape`` is ``UNSEEN``."""
+    while True:
+        color = tuple(rng.randbytes(3))
+        kept = [COLORS[name] for name, kept_shape in UNSEEN if kept_shape == shape]
+        if min(color) < 150 and all(max(abs(a - b) for a, b in zip(color, other)) > 70 for other in kept):
+            return color
 
 
 def draw_items(items, rng, side=SIDE):
@@ -173,7 +183,7 @@ def _ground(rng):
 
 
 def _shade(color, rng):
-    return tuple(max(0, min(255, value + rng.randint(-15, 15))) for value in COLORS[color])
+    return tuple(max(0, min(255, value + rng.randint(-20, 20))) for value in COLORS.get(color, color))
 
 
 def _reduced(canvas, side):

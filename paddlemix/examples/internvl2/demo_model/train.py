@@ -72,9 +72,10 @@ STAGE1 = (
     ("stage1_first", "first", 400, "--learning_rate 5e-4 --warmup_steps 100 --lr_scheduler_type constant_with_warmup"),
     ("stage1_mixed", "train", 1200, "--learning_rate 5e-4 --warmup_steps 50 --lr_scheduler_type constant_with_warmup"),
     ("stage1_finding", "finding", 700, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type constant_with_warmup"),
-    ("stage1", "train", 1500, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine"),
+    ("stage1_all", "train", 800, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type constant_with_warmup"),
+    ("stage1", "train", 1050, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine"),
 )
-STAGE2 = ("train", 600, "--learning_rate 1e-4 --warmup_steps 30 --lr_scheduler_type cosine")
+STAGE2 = ("train", 500, "--learning_rate 1e-4 --warmup_steps 30 --lr_scheduler_type cosine")
 BATCH, ROWS = 64, 16  # samples of an update, and of those that share one length; short ones are not padded to long ones
 
 
