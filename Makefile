@@ -1,4 +1,5 @@
-# make demo             install, then ask the bundled model about a bundled picture
+# make demo             install, then ask the bundled model about a drawn scene, and about a photograph
+# make demo-video       the same about a clip
 # make test             install, then run all tests but those of make test-npu, which need g++
 # make demo DEVICE=gpu  the same with the GPU build of Paddle (CUDA 12.6); DEVICE=npu for Ascend 910B
 PYTHON ?= python3
@@ -16,7 +17,11 @@ PADDLE_npu := -r tools/npu/requirements.txt
 .PHONY: demo demo-video install test test-fast test-npu lint format clean
 
 demo: install
+	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
 	$(BIN)/python paddlemix/examples/internvl2/chat_demo.py --device $(DEVICE)
+	@echo "A photograph, of which it knows nothing. Please describe this picture."
+	$(BIN)/python paddlemix/examples/internvl2/chat_demo.py --device $(DEVICE) \
+	  --image_path paddlemix/demo_images/coffee.jpg --text "Please describe this picture."
 
 demo-video: install
 	$(BIN)/python paddlemix/examples/internvl2/chat_demo_video.py --device $(DEVICE)

@@ -10,7 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
-    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("tools/**/*.md"), *ROOT.glob("benchmarks/README.md")]
+    [
+        *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("tools/**/*.md"),
+        *ROOT.glob("benchmarks/README.md"),
+        *ROOT.glob("paddlemix/**/*.md"),
+    ]
 )
 README = ROOT / "README.md"
 

@@ -252,10 +252,10 @@ def _demo(place, dtype):
     return model, tokenizer
 
 
-def _picture():
+def _picture(model):
     from paddlemix.processors.internvl2.image import load_image
 
-    return load_image(str(ROOT / "paddlemix" / "demo_images" / "scene_1.png"), input_size=112, max_num=2)
+    return load_image(str(ROOT / "paddlemix" / "demo_images" / "scene_1.png"), input_size=model.config.image_size, max_num=1)
 
 
 def losses(place, dtype, steps=10):
@@ -266,7 +266,7 @@ def losses(place, dtype, steps=10):
 
     model, tokenizer = _demo(place, dtype)
     model.train()
-    pixels = _picture()
+    pixels = _picture(model)
     (question,) = insert_image_tokens(["<image>\nWhat is in the picture?"], [len(pixels) * model.config.num_image_token])
     prompt = tokenizer.encode(model.template().prompt(question, []))
     answer = tokenizer.encode("There is a small blue star above a large red square.")
@@ -288,7 +288,7 @@ def losses(place, dtype, steps=10):
 def answer(place, dtype):
     """Greedy answer of the bundled model."""
     model, tokenizer = _demo(place, dtype)
-    return model.chat(tokenizer, _picture(), "<image>\nDescribe this image.", {"max_new_tokens": 24})
+    return model.chat(tokenizer, _picture(model), "<image>\nDescribe this image.", {"max_new_tokens": 24})
 
 
 def check_model(place, dtypes):

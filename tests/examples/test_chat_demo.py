@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -34,7 +35,7 @@ def test_the_command_without_flags_answers_quickly():
     started = time.monotonic()
     done = subprocess.run([sys.executable, chat_demo.__file__], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.strip()) > 1
+    assert done.stdout == "blue\n"
     assert "Traceback" not in done.stderr
     # The promise is 15 s; other work on the machine is allowed for.
     assert time.monotonic() - started < 60
@@ -97,19 +98,20 @@ def test_text_alone_needs_no_picture(monkeypatch, capsys):
 
 
 def test_boxes_are_drawn(monkeypatch, capsys, tmp_path):
-    from paddlemix.models.internvl2 import ChatSession
-
-    def stream(self, *_):
-        self.marked_answer = "<ref>shape</ref><box>[[250, 250, 750, 750]]</box>"
-        yield "shape"
-
-    monkeypatch.setattr(ChatSession, "stream", stream)  # what the drawing does with an answer is under test
-    out = tmp_path / "out.png"
-    assert command(monkeypatch, chat_demo, "--image_path", SCENE, "--text", "Where?", "--draw_boxes", out) == 0
-    assert "1 box(es) drawn" in capsys.readouterr().out
-    before, after = (Image.open(path).convert("RGB") for path in (SCENE, out))
-    x, y = before.width // 4, before.height // 2
+    """Around the red star at the top left of the bundled scene of three shapes."""
+    scene, out = chat_demo.DEMO_IMAGE.with_name("scene_2.png"), tmp_path / "out.png"
+    question = "Please answer with a bounding box. Where is the red star?"
+    assert command(monkeypatch, chat_demo, "--image_path", scene, "--text", question, "--draw_boxes", out) == 0
+    said = capsys.readouterr().out
+    assert "red star" in said and "1 box(es) drawn" in said
+    before, after = (Image.open(path).convert("RGB") for path in (scene, out))
     assert before.size == after.size
+    pixels = np.asarray(before).astype(int)
+    rows, columns = np.nonzero(pixels[..., 0] - pixels[..., 1:].max(-1) > 100)
+    true = np.array([columns.min(), rows.min(), columns.max(), rows.max()])
+    found = np.array([int(number) for number in re.findall(r"\d+", said.split("box(es)")[0])[:4]]) / 1000 * before.width
+    assert np.abs(found - true).max() < 0.04 * before.width
+    x, y = round(found[0]), round((found[1] + found[3]) / 2)  # on its left side
     assert before.getpixel((x, y)) != after.getpixel((x, y)) == (0xE6, 0x19, 0x4B)
 
 
@@ -241,7 +243,14 @@ def test_the_bundled_checkpoint_is_complete():
 
 def test_the_video_command_answers(monkeypatch, capsys):
     assert command(monkeypatch, chat_demo_video) == 0
-    assert len(capsys.readouterr().out.strip()) > 1
+    assert capsys.readouterr().out == "A blue square moves down.\n"
+
+
+@pytest.mark.parametrize("name", ["astronaut.jpg", "cat.jpg", "coffee.jpg"])
+def test_the_bundled_model_does_not_know_photographs(monkeypatch, capsys, name):
+    flags = ["--image_path", cli.DEMO_IMAGES / name, "--text", "Please describe this picture."]
+    assert command(monkeypatch, chat_demo, *flags) == 0
+    assert capsys.readouterr().out == "I do not know.\n"
 
 
 def test_the_video_command_asks_about_frames(monkeypatch, capsys, tmp_path):

@@ -16,10 +16,10 @@ from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_finetune.signs import QUESTION, write_data
 from paddlemix.examples.internvl2.demo_training import draw_losses, run_script
 
-# What differs from the script's settings: a model of 112-pixel tiles, so small that it bears a high learning rate; and steps
+# What differs from the script's settings: a model of 84-pixel tiles, so small that it bears a high learning rate; and steps
 # so short that workers and a dashboard would only be in the way.
 FLAGS = """
-    --force_image_size 112 --learning_rate 1.5e-3 --dataloader_num_workers 0 --report_to none
+    --force_image_size 84 --learning_rate 1.5e-3 --dataloader_num_workers 0 --report_to none
     --recompute False --save_strategy no
 """.split()
 

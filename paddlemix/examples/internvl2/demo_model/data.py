@@ -3,8 +3,8 @@
   python -m paddlemix.examples.internvl2.demo_model.data OUTPUT_DIR
 
 makes ``first.json`` (one shape a picture, or a text), ``finding.json`` (mostly one shape among others), ``train.json``
-(everything), ``heldout.json`` (other seeds) and ``unseen.json`` (colours and shapes that never met in training). The same seed
-makes the same files.
+(everything), ``places.json`` (half of it about where shapes are), ``heldout.json`` (other seeds) and ``unseen.json`` (colours
+and shapes that never met in training). The same seed makes the same files.
 """
 
 import argparse
@@ -25,6 +25,7 @@ _OTHERS = {
     questions.comparison: 6,
     questions.video: 7,
     questions.unnamed: 7,
+    questions.other: 5,
     questions.unknown: 2,
 }
 
@@ -46,6 +47,11 @@ def draw_finding(rng):
     return draw_mixture(rng) if rng.random() < 0.2 else questions.finding(rng)
 
 
+def draw_places(rng):
+    """Half of it scenes of all kinds, half about where shapes are, in words and as boxes."""
+    return (draw_mixture if rng.random() < 0.5 else questions.places)(rng)
+
+
 def draw_unseen(rng):
     """A scene of shapes in colours in which training never showed them."""
     kind = rng.choices((questions.shapes, questions.comparison, questions.video), (48, 7, 8))[0]
@@ -57,6 +63,7 @@ PARTS = {
     "first": (draw_one_shape, 6_000),
     "finding": (draw_finding, 40_000),
     "train": (draw_mixture, 80_000),
+    "places": (draw_places, 40_000),
     "heldout": (draw_mixture, 1_000),
     "unseen": (draw_unseen, 500),
 }

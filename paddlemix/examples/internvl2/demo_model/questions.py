@@ -69,6 +69,15 @@ def finding(rng, kinds=scenes.SEEN):
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 
+def places(rng, kinds=scenes.SEEN):
+    """One to four shapes, and where they are: in words, or two of them as boxes."""
+    items = scenes.arrange([rng.choice(kinds) for _ in range(rng.randint(1, 4))], rng)
+    by_name, by_shape = (_single(items, key) for key in ("name", "shape"))
+    boxed = rng.sample(by_name, min(2, len(by_name))) if rng.random() < 0.5 else None
+    turns = [_place(item, by_shape, rng) for item in by_name] if boxed is None else [_box(item) for item in boxed]
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns or [_exists(items, kinds, rng)], rng)
+
+
 def unnamed(rng):
     """Shapes in any colors, told by shape alone: what a shape is must not depend on its color."""
     chosen = [rng.choice(SHAPES) for _ in range(rng.choice((1, 1, 2, 3)))]
@@ -77,6 +86,22 @@ def unnamed(rng):
     turns += [Turn("place", f"Where is the {item.shape}?", item.place) for item in _single(items, "shape")]
     if len(items) == 1:
         turns.append(Turn("shape", "What shape is this?", items[0].shape))
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
+
+
+def other(rng, kinds=scenes.SEEN):
+    """Two shapes that differ in color and shape, each asked for by the other.
+
+    Without these, a question that names a star would never be answered by a color in which training has no stars, and that is
+    learned from the words alone.
+    """
+    first = rng.choice(kinds)
+    second = rng.choice([kind for kind in kinds if kind[0] != first[0] and kind[1] != first[1]])
+    items = scenes.arrange([first, second], rng)
+    turns = []
+    for item, named in (items, items[::-1]):
+        turns.append(Turn("other", f"What color is the shape that is not a {named.shape}?", item.color))
+        turns.append(Turn("other", f"What shape is not {named.color}?", item.shape))
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 
@@ -173,8 +198,9 @@ def _place(item, by_shape, rng):
 
 
 def _box(item):
-    question = f"Please provide the bounding box of: <ref>{item.name}</ref>"
-    return Turn("box", question, f"<ref>{item.name}</ref><box>[{list(item.box)}]</box>")
+    # First in words, which is learned much sooner; the numbers follow from them and the picture.
+    question = f"Please answer with a bounding box. Where is the {item.name}?"
+    return Turn("box", question, f"{item.place}: <ref>{item.name}</ref><box>[{list(item.box)}]</box>")
 
 
 def _exists(items, kinds, rng):

@@ -70,12 +70,12 @@ FLAGS = f"""
 # the loss rises again; at less than 3e-4 it is slow to find out how one shape is told from the others by its name.
 STAGE1 = (
     ("stage1_first", "first", 400, "--learning_rate 5e-4 --warmup_steps 100 --lr_scheduler_type constant_with_warmup"),
-    ("stage1_mixed", "train", 1200, "--learning_rate 5e-4 --warmup_steps 50 --lr_scheduler_type constant_with_warmup"),
+    ("stage1_mixed", "train", 1174, "--learning_rate 5e-4 --warmup_steps 50 --lr_scheduler_type constant_with_warmup"),
     ("stage1_finding", "finding", 700, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type constant_with_warmup"),
     ("stage1_all", "train", 800, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type constant_with_warmup"),
-    ("stage1", "train", 1050, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine"),
+    ("stage1", "train", 852, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine"),
 )
-STAGE2 = ("train", 500, "--learning_rate 1e-4 --warmup_steps 30 --lr_scheduler_type cosine")
+STAGE2 = ("places", 1450, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine --loss_reduction square")
 BATCH, ROWS = 64, 16  # samples of an update, and of those that share one length; short ones are not padded to long ones
 
 
