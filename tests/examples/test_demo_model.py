@@ -180,7 +180,7 @@ def test_the_card_says_what_was_measured():
         (folder / name).read_text(encoding="utf-8") for folder, name in ((MODEL, "README.md"), (RESULTS, "accuracy.md"))
     )
     assert measured.strip() in card
-    for name in [stage[0] for stage in train.STAGE1] + ["stage2"]:
+    for name in [stage[0] for stage in train.STAGE1 + train.STAGE2]:
         rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         steps = max(row["step"] for row in rows if "loss" in row)
         assert re.search(rf"\b{steps:,} steps", card), f"{name}: {steps}"

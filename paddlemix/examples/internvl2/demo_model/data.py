@@ -3,8 +3,8 @@
   python -m paddlemix.examples.internvl2.demo_model.data OUTPUT_DIR
 
 makes ``first.json`` (one shape a picture, or a text), ``finding.json`` (mostly one shape among others), ``train.json``
-(everything), ``places.json`` (half of it about where shapes are), ``heldout.json`` (other seeds) and ``unseen.json`` (colours
-and shapes that never met in training). The same seed makes the same files.
+(everything), ``places.json`` and ``where.json`` (half of them about where shapes are), ``heldout.json`` (other seeds) and
+``unseen.json`` (colours and shapes that never met in training). The same seed makes the same files.
 """
 
 import argparse
@@ -52,6 +52,12 @@ def draw_places(rng):
     return (draw_mixture if rng.random() < 0.5 else questions.places)(rng)
 
 
+def draw_where(rng):
+    """Half of it about where shapes are that stand in a row."""
+    kinds = questions.where, questions.places, questions.other, draw_mixture
+    return rng.choices(kinds, (48, 10, 12, 30))[0](rng)
+
+
 def draw_unseen(rng):
     """A scene of shapes in colours in which training never showed them."""
     kind = rng.choices((questions.shapes, questions.comparison, questions.video), (48, 7, 8))[0]
@@ -64,6 +70,7 @@ PARTS = {
     "finding": (draw_finding, 40_000),
     "train": (draw_mixture, 80_000),
     "places": (draw_places, 40_000),
+    "where": (draw_where, 20_000),
     "heldout": (draw_mixture, 1_000),
     "unseen": (draw_unseen, 500),
 }

@@ -78,6 +78,18 @@ def places(rng, kinds=scenes.SEEN):
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns or [_exists(items, kinds, rng)], rng)
 
 
+def where(rng, kinds=scenes.SEEN):
+    """Two or three shapes in a row, and where they are.
+
+    After "top" of "top left", looking at what is in the top row nearly always gives the right second word, and no name is
+    needed for it; but not here.
+    """
+    items = scenes.arrange([rng.choice(kinds) for _ in range(rng.randint(2, 3))], rng, in_a_row=True)
+    by_name, by_shape = (_single(items, key) for key in ("name", "shape"))
+    turns = [_place(item, by_shape, rng) for item in by_name] or [_exists(items, kinds, rng)]
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
+
+
 def unnamed(rng):
     """Shapes in any colors, told by shape alone: what a shape is must not depend on its color."""
     chosen = [rng.choice(SHAPES) for _ in range(rng.choice((1, 1, 2, 3)))]

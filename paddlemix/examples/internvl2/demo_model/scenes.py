@@ -89,9 +89,13 @@ class Item:
         return tuple(round(value / SIDE * 100) * 10 for value in (min(xs), min(ys), max(xs), max(ys)))
 
 
-def arrange(kinds, rng):
+def arrange(kinds, rng, in_a_row=False):
     """Items of ``kinds``, pairs (color, shape), each in a cell of its own; in reading order."""
-    cells = sorted(rng.sample(range(len(PLACES)), len(kinds)))
+    cells = range(len(PLACES))
+    if in_a_row:
+        start = 3 * rng.randrange(3)
+        cells = cells[start : start + 3]
+    cells = sorted(rng.sample(cells, len(kinds)))
     items = []
     for cell, (color, shape) in zip(cells, kinds):
         x, y = ((part + 0.5) * SIDE / 3 + rng.uniform(-1.5, 1.5) for part in (cell % 3, cell // 3))

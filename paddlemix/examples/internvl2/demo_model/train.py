@@ -75,7 +75,16 @@ STAGE1 = (
     ("stage1_all", "train", 800, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type constant_with_warmup"),
     ("stage1", "train", 852, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine"),
 )
-STAGE2 = ("places", 1450, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine --loss_reduction square")
+STAGE2 = (
+    (
+        "stage2_places",
+        "places",
+        1450,
+        "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine --loss_reduction square",
+    ),
+    ("stage2_where", "where", 420, "--learning_rate 3e-4 --warmup_steps 20 --lr_scheduler_type cosine"),
+    ("stage2", "where", 500, "--learning_rate 3e-4 --warmup_steps 20 --lr_scheduler_type cosine"),
+)
 BATCH, ROWS = 64, 16  # samples of an update, and of those that share one length; short ones are not padded to long ones
 
 
@@ -121,10 +130,15 @@ def train(run, name, part, steps, flags, start):
     )
 
 
-def finetune(run, start):
-    """Run stage 2 through the shell script, unless its model is there already."""
-    part, steps, flags = STAGE2
-    directory = run.output_dir / "stage2"
+def finetune(run, name, part, steps, flags, start):
+    """Run a part of stage 2 through the shell script, unless its model is there already.
+
+    Args:
+        run: the command line of this program.
+        name, part, steps, flags: an entry of ``STAGE2``.
+        start: checkpoint that it begins with.
+    """
+    directory = run.output_dir / name
     if (directory / "model.safetensors").exists():
         return
     run_script(
@@ -162,10 +176,11 @@ def main():
     for stage in STAGE1:
         train(run, *stage, begin)
         begin = ["--model_name_or_path", str(output / stage[0])]
-    finetune(run, output / STAGE1[-1][0])
+    for before, stage in zip((STAGE1[-1], *STAGE2), STAGE2):
+        finetune(run, *stage, output / before[0])
     model = output / "model"
-    convert(output / "stage2", model, "torch", dtype="bfloat16", overwrite=True)
-    logs = [output / name / "train_log.jsonl" for name in (*(stage[0] for stage in STAGE1), "stage2")]
+    convert(output / STAGE2[-1][0], model, "torch", dtype="bfloat16", overwrite=True)
+    logs = [output / name / "train_log.jsonl" for name, *_ in STAGE1 + STAGE2]
     draw_losses(logs, output / "loss.png", "Demo model, trained from nothing")
     parts = ["heldout", "unseen"]
     tables, _ = evaluate(model, [output / "data" / f"{part}.json" for part in parts], device=run.device)
