@@ -66,6 +66,28 @@ def test_answers_about_shapes_agree_with_the_pixels(seed):
             assert turn.answer in [f"{rows[row]} {columns[column]}".strip() or "middle" for row, column in cells]
 
 
+def test_crossed_questions_are_answered_with_the_color_of_the_place_that_they_ask_about():
+    rng = random.Random(7)
+    asked = 0
+    for _ in range(60):
+        pictures, _, turns = questions.crossed(rng)
+        for turn in turns:
+            where = re.match(r"What color is (?:at|in) the (.*), and what shape (?:at|in) the (.*)\?", turn.question)[1]
+            if where.endswith("picture"):
+                ((_, color),) = _blobs(pictures[where == "second picture"])
+            else:
+                color = np.asarray(pictures[0])[_centre(where)]
+            assert turn.answer.split(", ")[0] == _nearest(color)
+            asked += 1
+    assert asked == 120
+
+
+def _centre(place):
+    """The pixel (row, column) in the middle of a cell."""
+    row, column = divmod(scenes.PLACES.index(place), 3)
+    return int((row + 0.5) * scenes.SIDE / 3), int((column + 0.5) * scenes.SIDE / 3)
+
+
 def test_the_highest_bar_is_the_tallest_spot():
     rng = random.Random(1)
     for _ in range(20):
@@ -123,7 +145,8 @@ def parts(tmp_path_factory):
 
 def test_training_never_names_a_combination_that_is_kept_for_the_end(parts):
     kept = [" ".join(kind) for kind in scenes.UNSEEN]
-    training = [json.dumps(record["conversations"]) for name in ("first", "train") for record in _records(parts, name)]
+    names = set(data.PARTS) - {"heldout", "unseen"}
+    training = [json.dumps(record["conversations"]) for name in names for record in _records(parts, name)]
     assert len(training) > 1000
     assert not [text for text in training if any(name in text for name in kept)]
     asked = [json.dumps(record["conversations"]) for record in _records(parts, "unseen")]

@@ -3,8 +3,9 @@
   python -m paddlemix.examples.internvl2.demo_model.data OUTPUT_DIR
 
 makes ``first.json`` (one shape a picture, or a text), ``finding.json`` (mostly one shape among others), ``train.json``
-(everything), ``places.json`` and ``where.json`` (half of them about where shapes are), ``heldout.json`` (other seeds) and
-``unseen.json`` (colours and shapes that never met in training). The same seed makes the same files.
+(everything), ``places.json`` and ``where.json`` (half of them about where shapes are), ``crossed.json`` (colours and shapes of
+different things), ``heldout.json`` (other seeds) and ``unseen.json`` (colours and shapes that never met in training). The same
+seed makes the same files.
 """
 
 import argparse
@@ -58,6 +59,12 @@ def draw_where(rng):
     return rng.choices(kinds, (48, 10, 12, 30))[0](rng)
 
 
+def draw_crossed(rng):
+    """Mostly scenes that name the color of one thing and the shape of another, or that are several pictures."""
+    kinds = questions.crossed, questions.other, questions.comparison, questions.video, questions.where, questions.places
+    return rng.choices((*kinds, draw_mixture), (14, 14, 8, 14, 6, 6, 38))[0](rng)
+
+
 def draw_unseen(rng):
     """A scene of shapes in colours in which training never showed them."""
     kind = rng.choices((questions.shapes, questions.comparison, questions.video), (48, 7, 8))[0]
@@ -71,6 +78,7 @@ PARTS = {
     "train": (draw_mixture, 80_000),
     "places": (draw_places, 40_000),
     "where": (draw_where, 20_000),
+    "crossed": (draw_crossed, 40_000),
     "heldout": (draw_mixture, 1_000),
     "unseen": (draw_unseen, 500),
 }

@@ -18,6 +18,7 @@ _CHINESE = {
     **dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形"))),
     **dict(zip(scenes.DIRECTIONS, ("上", "下", "左", "右"))),
 }
+_PAIR = "".join(f"Image-{i}: {IMAGE_PLACEHOLDER}\n" for i in (1, 2))
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,34 @@ def other(rng, kinds=scenes.SEEN):
     items = scenes.arrange([first, second], rng)
     turns = []
     for item, named in (items, items[::-1]):
-        turns.append(Turn("other", f"What color is the shape that is not a {named.shape}?", item.color))
-        turns.append(Turn("other", f"What shape is not {named.color}?", item.shape))
+        if rng.random() < 0.5:
+            turns.append(Turn("Chinese", f"不是{_CHINESE[named.shape]}的是什么颜色？", _CHINESE[item.color]))
+            turns.append(Turn("Chinese", f"不是{_CHINESE[named.color]}的是什么形状？", _CHINESE[item.shape]))
+        else:
+            turns.append(Turn("other", f"What color is the shape that is not a {named.shape}?", item.color))
+            turns.append(Turn("other", f"What shape is not {named.color}?", item.shape))
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
+
+
+def crossed(rng, kinds=scenes.SEEN):
+    """The color of one shape and the shape of another, in one picture or in two.
+
+    Without these, only some shapes would ever be named after a color, and that, too, is learned from the words alone.
+    """
+    pair = [rng.choice(kinds), rng.choice(kinds)]
+    if rng.random() < 0.5:
+        items = scenes.arrange(pair, rng)
+        where = [_at(item) for item in items]
+        pictures, prefix = [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n"
+    else:
+        items = [scenes.arrange([kind], rng)[0] for kind in pair]
+        where = ["in the first picture", "in the second picture"]
+        pictures, prefix = [scenes.draw_items([item], rng) for item in items], _PAIR
+    turns = [
+        Turn("other", f"What color is {where[i]}, and what shape {where[j]}?", f"{items[i].color}, {items[j].shape}")
+        for i, j in ((0, 1), (1, 0))
+    ]
+    return pictures, prefix, _shuffled(turns, rng)
 
 
 def reading(rng):
@@ -148,23 +174,25 @@ def comparison(rng, kinds=scenes.SEEN):
         Turn("comparison", "Is the color the same in both pictures?", _yes(first[0] == second[0])),
         Turn("comparison", "Is the shape the same in both pictures?", _yes(first[1] == second[1])),
     ]
-    if first != second:
+    for attribute in ("color", "shape"):
         place, item = rng.choice(list(zip(("first", "second"), pair)))
-        turns.append(Turn("comparison", f"Which picture shows the {item.name}?", f"the {place}"))
-    prefix = "".join(f"Image-{i}: {IMAGE_PLACEHOLDER}\n" for i in (1, 2))
-    return [scenes.draw_items([item], rng) for item in pair], prefix, _shuffled(turns, rng)
+        turns.append(Turn("comparison", f"What {attribute} is in the {place} picture?", getattr(item, attribute)))
+    return [scenes.draw_items([item], rng) for item in pair], _PAIR, _shuffled(turns, rng)
 
 
 def video(rng, kinds=scenes.SEEN):
-    """Frames of a shape that moves."""
-    direction, kind = rng.choice(list(scenes.DIRECTIONS)), rng.choice(kinds)
-    items = scenes.move(kind, direction, rng)
+    """Frames of a shape that moves; some of them in a color without a name."""
+    direction, (color, shape) = rng.choice(list(scenes.DIRECTIONS)), rng.choice(kinds)
+    named = kinds is not scenes.SEEN or rng.random() < 0.7
+    items = scenes.move((color if named else scenes.any_color(shape, rng), shape), direction, rng)
     turns = [
         Turn("video", "Which way does it move?", direction),
-        Turn("video", "Please describe this video.", f"A {items[0].name} moves {direction}."),
-        Turn("video", "What color is the shape that moves?", kind[0]),
+        Turn("video", "What shape moves?", shape),
         Turn("Chinese", "它向哪个方向移动？", _CHINESE[direction]),
     ]
+    if named:
+        turns.append(Turn("video", "Please describe this video.", f"A {items[0].name} moves {direction}."))
+        turns.append(Turn("video", "What color is the shape that moves?", color))
     # Readers of video files write "Frame1", trainers "Frame-1".
     form = rng.choice(("Frame{}: {}\n", "Frame-{}: {}\n"))
     prefix = "".join(form.format(i + 1, IMAGE_PLACEHOLDER) for i in range(scenes.FRAMES))
@@ -193,13 +221,13 @@ def unknown(rng):
 
 
 def _color(item, rng):
-    if rng.random() < 0.15:
+    if rng.random() < 0.2:
         return Turn("Chinese", f"{_CHINESE[item.shape]}是什么颜色？", _CHINESE[item.color])
     return Turn("color", rng.choice(("What color is the {}?", "What colour is the {}?")).format(item.shape), item.color)
 
 
 def _shape(item, rng):
-    if rng.random() < 0.15:
+    if rng.random() < 0.2:
         return Turn("Chinese", f"{_CHINESE[item.color]}的是什么形状？", _CHINESE[item.shape])
     return Turn("shape", f"What shape is {item.color}?", item.shape)
 
@@ -243,8 +271,12 @@ def _count_all(items):
 
 def _describe(items):
     # What a picture shows is told from the top left to the bottom right.
-    parts = [f"a {item.name} {'in' if item.place == 'middle' else 'at'} the {item.place}" for item in items]
+    parts = [f"a {item.name} {_at(item)}" for item in items]
     return Turn("description", "Please describe this picture.", ", ".join(parts))
+
+
+def _at(item):
+    return f"{'in' if item.place == 'middle' else 'at'} the {item.place}"
 
 
 def _single(items, attribute):

@@ -75,6 +75,8 @@ STAGE1 = (
     ("stage1_all", "train", 800, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type constant_with_warmup"),
     ("stage1", "train", 852, "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine"),
 )
+# Weight decay is large in the last parts: early on, a model learns from the words alone which shapes follow which color, and
+# this has to be forgotten before it can name a color and a shape that it never saw together.
 STAGE2 = (
     (
         "stage2_places",
@@ -83,7 +85,10 @@ STAGE2 = (
         "--learning_rate 3e-4 --warmup_steps 30 --lr_scheduler_type cosine --loss_reduction square",
     ),
     ("stage2_where", "where", 420, "--learning_rate 3e-4 --warmup_steps 20 --lr_scheduler_type cosine"),
-    ("stage2", "where", 500, "--learning_rate 3e-4 --warmup_steps 20 --lr_scheduler_type cosine"),
+    ("stage2_row", "where", 500, "--learning_rate 3e-4 --warmup_steps 20 --lr_scheduler_type cosine"),
+    ("stage2_crossed", "crossed", 500, "--learning_rate 3e-4 --warmup_steps 20 --lr_scheduler_type cosine"),
+    ("stage2_decayed", "crossed", 700, "--learning_rate 5e-4 --warmup_steps 20 --lr_scheduler_type cosine --weight_decay 1"),
+    ("stage2", "crossed", 1400, "--learning_rate 5e-4 --warmup_steps 20 --lr_scheduler_type cosine --weight_decay 2"),
 )
 BATCH, ROWS = 64, 16  # samples of an update, and of those that share one length; short ones are not padded to long ones
 
