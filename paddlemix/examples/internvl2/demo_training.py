@@ -78,8 +78,9 @@ def draw_losses(logs, picture_path, title):
         steps, losses = [done + row["step"] for row in rows], [row["loss"] for row in rows]
         recent = [losses[max(0, i - 9) : i + 1] for i in range(len(losses))]
         axes.plot(steps, losses, color="lightsteelblue", linewidth=0.8)
-        axes.plot(steps, [sum(row) / len(row) for row in recent], label=f"{path.parent.name}, mean of the last 10")
+        axes.plot(steps, [sum(row) / len(row) for row in recent], label=path.parent.name)
         done = steps[-1]
-    axes.set(xlabel="step", ylabel="loss", title=title, yscale="log")
-    axes.legend()
+    axes.set(xlabel="step", ylabel="loss, and its mean of 10 lines", title=title, yscale="log")
+    if len(logs) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(picture_path, dpi=120)

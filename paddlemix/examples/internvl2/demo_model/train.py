@@ -1,4 +1,4 @@
-"""Train the demo model from nothing, in an hour or two of a CPU.
+"""Train the demo model from nothing, in two or three hours of a CPU.
 
   python -m paddlemix.examples.internvl2.demo_model.train
 
