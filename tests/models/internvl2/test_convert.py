@@ -1,7 +1,6 @@
 """The converter, run as the command that users type."""
 
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tqdm import tqdm
 
 from paddlemix.models.internvl2 import InternVLChatConfig
 from paddlemix.models.internvl2.checkpoint import read_parameters
@@ -88,17 +88,18 @@ def test_converter_needs_no_framework_and_shows_progress(tmp_path):
     command = [sys.executable, "-c", program, str(DEMO), str(tmp_path / "out"), "--layout", "paddle"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    total = (tmp_path / "out/model.safetensors").stat().st_size / 1e6
+    total = tqdm.format_sizeof(sum(bits.nbytes for _, bits in read_published(DEMO).values()))
     last = result.stderr.split("\r")[-1]
-    assert "100%" in last and re.search(rf"{total:.1f}M/{total:.1f}M", last), last
+    assert "100%" in last and f"{total}/{total}" in last, last
 
 
 def test_conversion_holds_one_tensor_at_a_time(tmp_path):
     tensors = {name: ("BF16", bits) for name, (_, bits) in read_published(DEMO).items()}
-    for name in ("model.embed_tokens", "lm_head"):  # a vocabulary as large, beside the rest, as in real models
-        tensors[f"language_model.{name}.weight"] = "BF16", np.ones((20000, 256), "u2")
     shutil.copytree(DEMO, tmp_path / "in", ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((DEMO / "config.json").read_text())
+    width = config["llm_config"]["hidden_size"]
+    for name in ("model.embed_tokens", "lm_head"):  # a vocabulary as large, beside the rest, as in real models
+        tensors[f"language_model.{name}.weight"] = "BF16", np.ones((20000, width), "u2")
     config["llm_config"]["vocab_size"] = 20000
     (tmp_path / "in/config.json").write_text(json.dumps(config))
     write_safetensors(tmp_path / "in/model.safetensors", tensors)
@@ -107,8 +108,9 @@ def test_conversion_holds_one_tensor_at_a_time(tmp_path):
     convert(tmp_path / "in", tmp_path / "out", "paddle")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    largest, whole = 20000 * 256 * 2, (tmp_path / "in/model.safetensors").stat().st_size
-    assert largest < peak < 2 * largest < whole
+    largest, whole = 20000 * width * 2, (tmp_path / "in/model.safetensors").stat().st_size
+    # A tensor and two blocks of its transpose, which here are all of it: this model is narrow.
+    assert largest < peak < 2 * largest + 1e6 < whole
 
 
 def test_bad_arguments_end_in_one_sentence(tmp_path, capsys):
