@@ -76,13 +76,13 @@ def test_reference_checkpoints(npu):
         assert np.allclose(actual["losses"], original["adamw"]["losses"], rtol=1e-4)
 
 
-DESCRIBE = "Please describe this picture."
-
-
 @pytest.mark.parametrize(
     "command, flags",
     [
-        ("chat_demo.py", ["--image_path", IMAGES / "scene_1.png", IMAGES / "scene_2.png", "--text", DESCRIBE]),
+        (
+            "chat_demo.py",
+            ["--image_path", IMAGES / "scene_1.png", IMAGES / "scene_2.png", "--text", "Please describe this picture."],
+        ),
         ("chat_demo_video.py", []),
     ],
 )

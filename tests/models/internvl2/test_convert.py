@@ -94,13 +94,16 @@ def test_converter_needs_no_framework_and_shows_progress(tmp_path):
 
 
 def test_conversion_holds_one_tensor_at_a_time(tmp_path):
-    tensors = {name: ("BF16", bits) for name, (_, bits) in read_published(DEMO).items()}
+    width = 256  # wide enough that the blocks in which a tensor is turned are less than all of it
+    tensors = {}
+    for name, (_, bits) in read_published(DEMO).items():
+        text = name.startswith(("language_model.", "mlp1."))
+        tensors[name] = "BF16", np.ones([width if text and size == 128 else size for size in bits.shape], "u2")
     shutil.copytree(DEMO, tmp_path / "in", ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((DEMO / "config.json").read_text())
-    width = config["llm_config"]["hidden_size"]
     for name in ("model.embed_tokens", "lm_head"):  # a vocabulary as large, beside the rest, as in real models
         tensors[f"language_model.{name}.weight"] = "BF16", np.ones((20000, width), "u2")
-    config["llm_config"]["vocab_size"] = 20000
+    config["llm_config"] |= {"vocab_size": 20000, "hidden_size": width}
     (tmp_path / "in/config.json").write_text(json.dumps(config))
     write_safetensors(tmp_path / "in/model.safetensors", tensors)
     del tensors
@@ -109,8 +112,7 @@ def test_conversion_holds_one_tensor_at_a_time(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     largest, whole = 20000 * width * 2, (tmp_path / "in/model.safetensors").stat().st_size
-    # A tensor and two blocks of its transpose, which here are all of it: this model is narrow.
-    assert largest < peak < 2 * largest + 1e6 < whole
+    assert largest < peak < 2 * largest < whole
 
 
 def test_bad_arguments_end_in_one_sentence(tmp_path, capsys):
