@@ -4,6 +4,7 @@ Each message is one sentence that names the file, field or sample and says what 
 message alone and exit with code 1 (:func:`command_main`); in a library the class tells what kind of thing was wrong.
 """
 
+import errno
 import functools
 import os
 import sys
@@ -53,7 +54,8 @@ class DeviceError(UserError):
 def command_main(main):
     """Decorate a command's ``main()``: a :class:`UserError` becomes one line on stderr and exit code 1; Ctrl-C gives 130.
 
-    Paddle's notices at its start, about loaded libraries and a compiler cache, are left out.
+    What the system says about a path or a full disk is printed alike, where no code nearer to it had more to say. Paddle's
+    notices at its start, about loaded libraries and a compiler cache, are left out.
     """
 
     @functools.wraps(main)
@@ -64,6 +66,14 @@ def command_main(main):
             return main(*args, **kwargs)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                print(f"error: {error.filename or 'a file'} cannot be written: the disk is full: make room", file=sys.stderr)
+            elif error.filename is not None:
+                print(f"error: {error.filename} cannot be used ({error.strerror}): check the path", file=sys.stderr)
+            else:
+                raise
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

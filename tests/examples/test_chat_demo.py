@@ -226,6 +226,8 @@ def test_bad_pictures_end_in_one_sentence(monkeypatch, capsys, tmp_path):
         (["--text", "hi", "--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["--text", "hi", "--model_name_or_path", "./nowhere"], "nowhere"),
         (["--text", "hi", "--draw_boxes", "x.png"], "exactly one picture"),
+        (["--image_path", SCENE, "--text", "hi", "--draw_boxes", "nowhere/x.png"], "folder nowhere does not exist"),
+        (["--image_path", SCENE, "--text", "hi", "--draw_boxes", "x.text"], "'.text' is no picture format"),
         (["--image_path", SCENE, "--text", "hi", "--max_num", "-1"], "max_num"),
     ],
 )

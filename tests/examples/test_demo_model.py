@@ -193,6 +193,26 @@ def test_answers_are_exact_but_boxes_may_miss_by_a_part():
     assert not evaluate.is_right("box", "[[100, 100, 300, 300], [0, 0, 1, 1]]", truth)
 
 
+def test_what_cannot_be_evaluated_or_written_is_named(tmp_path, capsys, monkeypatch):
+    def failure(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            module.main()
+        assert caught.value.code == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        return error
+
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "plain.jsonl").write_text(json.dumps({"id": 0, "image": "x.png", "conversations": turns}) + "\n")
+    entry = {"root": str(tmp_path), "annotation": str(tmp_path / "plain.jsonl"), "data_augment": False, "repeat_time": 1}
+    (tmp_path / "plain.json").write_text(json.dumps({"plain": entry | {"length": 1}}))
+    assert "plain.jsonl" in (error := failure(evaluate, MODEL, tmp_path / "plain.json")) and "'tasks'" in error
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file" in failure(data, tmp_path / "file", "--scale", "0.001")
+    assert f"{tmp_path}/file" in failure(train, "--output_dir", tmp_path / "file", "--scale", "0.001")
+
+
 def test_the_table_counts_answers_not_tasks():
     table = evaluate.format_table(["a"], [{"color": (1, 1), "place": (0, 3)}])
     assert table.splitlines()[-1] == "| overall | 25.0% of 4 |"
@@ -202,7 +222,7 @@ def test_the_card_says_what_was_measured():
     card, measured = (
         (folder / name).read_text(encoding="utf-8") for folder, name in ((MODEL, "README.md"), (RESULTS, "accuracy.md"))
     )
-    assert measured.strip() in card
+    assert measured in card
     for name, _, steps, _ in train.STAGE1 + train.STAGE2:
         rows = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
         assert steps - 20 < max(row["step"] for row in rows if "loss" in row) <= steps  # a line every 20 steps

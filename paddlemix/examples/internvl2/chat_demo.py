@@ -7,7 +7,9 @@
   python paddlemix/examples/internvl2/chat_demo.py --image_path a.png b.png --text "What is different?" --stream --interactive
 """
 
-from paddlemix.errors import PromptError
+from pathlib import Path
+
+from paddlemix.errors import PromptError, command_main
 from paddlemix.examples.internvl2 import cli
 
 DEMO_IMAGE = cli.DEMO_IMAGES / "scene_1.png"
@@ -46,6 +48,23 @@ def load_pictures(paths, config, max_num=None):
     return marks, np.concatenate(tiles), [len(t) for t in tiles]
 
 
+def check_drawing(paths, output):
+    """Whether boxes can be drawn and saved, asked before the model takes its time.
+
+    Raises:
+        PromptError: no, because of the pictures or of the name ``output``.
+    """
+    from PIL import Image
+
+    output = Path(output)
+    if len(paths) != 1:
+        raise PromptError(f"--draw_boxes needs exactly one picture, but --image_path names {len(paths)}")
+    if not output.absolute().parent.is_dir():
+        raise PromptError(f"--draw_boxes {output}: the folder {output.parent} does not exist: make it")
+    if Image.registered_extensions().get(output.suffix.lower()) not in Image.SAVE:
+        raise PromptError(f"--draw_boxes {output}: '{output.suffix}' is no picture format: use a name that ends in .png")
+
+
 def save_boxes(session, path, output):
     """Draw the boxes of the last answer on the picture ``path``."""
     from paddlemix.processors.internvl2.boxes import draw_boxes, parse_boxes
@@ -57,6 +76,7 @@ def save_boxes(session, path, output):
     print(f"{len(boxes)} box(es) drawn on {output}")
 
 
+@command_main
 def main():
     """Parse the command line and chat."""
     parser = cli.make_parser(__doc__)
@@ -73,18 +93,14 @@ def main():
 
     bundled = args.image_path is None and args.text is None
     paths = [str(DEMO_IMAGE)] if bundled else [path for path in args.image_path or [] if path != "None"]
-
-    def finish(session):
-        if len(paths) != 1:
-            raise PromptError(f"--draw_boxes needs exactly one picture, but --image_path names {len(paths)}")
-        save_boxes(session, paths[0], args.draw_boxes)
-
+    if args.draw_boxes:
+        check_drawing(paths, args.draw_boxes)
     cli.run(
         args,
         DEMO_TEXT if args.text is None else args.text,
         paths,
         lambda paths, config: load_pictures(paths, config, args.max_num),
-        finish if args.draw_boxes else None,
+        (lambda session: save_boxes(session, paths[0], args.draw_boxes)) if args.draw_boxes else None,
     )
 
 

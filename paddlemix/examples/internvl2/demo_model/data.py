@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from paddlemix.errors import command_main
+
 from . import questions, scenes
 
 # Kinds of scenes with their share of a part, in 64ths; the rest of the pictures show shapes.
@@ -128,6 +130,7 @@ def _write_scene(folder, name, seed, number):
     }
 
 
+@command_main
 def main():
     """Parse the command line and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,17 +15,23 @@ import numpy as np
 from tqdm import tqdm
 
 from paddlemix.datasets.internvl2.records import read_meta
-from paddlemix.errors import command_main
+from paddlemix.errors import DataError, command_main
 
 BATCH = 32  # questions that are asked at once
 
 
 def read_questions(meta_path):
-    """The questions of a meta file of one part: list of (task, question with its picture marks, answer, paths)."""
-    (source,) = read_meta(meta_path)
+    """The questions of a meta file of one part: list of (task, question with its picture marks, answer, paths).
+
+    Raises:
+        DataError: the meta file cannot be read, or its records are not as :mod:`.data` writes them.
+    """
+    source = read_meta(meta_path)[0]
     questions = []
     for line in Path(source.annotation).read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
+        if "tasks" not in record:
+            raise DataError(f"{source.annotation}: its records do not say their 'tasks': draw it with demo_model.data")
         texts = [turn["value"] for turn in record["conversations"]]
         paths = [os.path.join(source.root, name) for name in record["image"]]
         for task, question, answer in zip(record["tasks"], texts[::2], texts[1::2]):
