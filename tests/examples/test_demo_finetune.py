@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -69,8 +70,9 @@ def test_accuracy_counts_exact_answers(tmp_path):
     assert run.accuracy(str(cli.DEMO_MODEL), tmp_path / "heldout.json", batch=3) == 0.5
 
 
-def test_what_it_started_ends_with_it(tmp_path):
-    """A terminated program passes the signal on and waits, so that training can save a checkpoint."""
+@pytest.mark.parametrize("number, code, said", [(signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "interrupted\n")])
+def test_what_it_started_ends_with_it(tmp_path, number, code, said):
+    """A program that is stopped stops its training, waits, so that this can save a checkpoint, and starts nothing more."""
     training = f"""
 import pathlib, signal, sys, time
 folder = pathlib.Path({str(tmp_path)!r})
@@ -78,13 +80,21 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / "saved").touch()))
 (folder / "started").touch()
 time.sleep(60)
 """
-    code = "import sys; from paddlemix.examples.internvl2.demo_training import run_training; run_training(sys.argv[1:])"
-    program = subprocess.Popen([sys.executable, "-c", code, sys.executable, "-c", training])
+    program = """
+import sys
+from paddlemix.errors import command_main
+from paddlemix.examples.internvl2.demo_training import run_training
+command_main(run_training)(sys.argv[1:])
+print("next")
+"""
+    command = [sys.executable, "-c", program, sys.executable, "-c", training]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 30
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    program.terminate()
-    program.wait(timeout=30)
+    program.send_signal(number)
+    assert program.communicate(timeout=30) == ("", said)
+    assert program.returncode == code
     assert (tmp_path / "saved").exists()
 
 

@@ -23,16 +23,18 @@ def run_training(command, processes=1, **environment):
 
     Raises:
         UserError: it failed.
+        KeyboardInterrupt, SystemExit: it was stopped, by Ctrl-C or SIGTERM, and has saved a checkpoint.
     """
     if processes > 1:  # small tensors are no work for several threads
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes)), **environment}
     process = subprocess.Popen(command, env={**os.environ, **environment})
-    before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # it saves a checkpoint before it ends
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         code = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        code = process.wait()
+    except (KeyboardInterrupt, SystemExit):
+        process.terminate()  # it saves a checkpoint before it ends
+        process.wait()
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
     if code:
