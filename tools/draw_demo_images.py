@@ -22,9 +22,7 @@ def shapes(*kinds):
     """Each of ``kinds``: (color, shape, place)."""
     items = []
     for color, shape, place in kinds:
-        row, column = divmod(scenes.PLACES.index(place), 3)
-        x, y = ((number + 0.5) * scenes.SIDE / 3 for number in (column, row))
-        items.append(scenes.Item(color, shape, x, y, radius=11))
+        items.append(scenes.Item(color, shape, *scenes.centre(scenes.PLACES.index(place)), radius=11))
     return scenes.draw_items(items, random.Random(0), SIDE)
 
 

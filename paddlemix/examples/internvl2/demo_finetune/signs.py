@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 QUESTION = "What does this sign mean?"
-SIDE = 112  # one tile, reduced
+SIDE = 84  # one tile
 _SCALE = 4  # drawn larger and then reduced, for smooth edges
 
 RED, BLUE, YELLOW, GREEN, WHITE, BLACK = (

@@ -2,10 +2,9 @@
 
   python -m paddlemix.examples.internvl2.demo_model.data OUTPUT_DIR
 
-makes ``first.json`` (one shape a picture, or a text), ``finding.json`` (mostly one shape among others), ``train.json``
-(everything), ``places.json`` and ``where.json`` (half of them about where shapes are), ``crossed.json`` (colours and shapes of
-different things), ``heldout.json`` (other seeds) and ``unseen.json`` (colours and shapes that never met in training). The same
-seed makes the same files.
+makes ``first.json`` (one shape a picture, or a text), ``mixed.json`` (a bit of everything), ``finding.json`` (mostly one shape
+among others), ``where.json`` (mostly shapes in a row), ``all.json`` (everything, more of what is hard), ``heldout.json`` (other
+seeds) and ``unseen.json`` (colours and shapes that never met in training). The same seed makes the same files.
 """
 
 import argparse
@@ -21,23 +20,29 @@ from paddlemix.errors import command_main
 
 from . import questions, scenes
 
-# Kinds of scenes with their share of a part, in 64ths; the rest of the pictures show shapes.
-_OTHERS = {
+# Kinds of scenes with their share of a part, in 64ths.
+_MIXTURE = {
+    questions.shapes: 22,
     questions.reading: 10,
     questions.chart: 4,
     questions.comparison: 6,
     questions.video: 7,
     questions.unnamed: 7,
     questions.other: 5,
-    questions.unknown: 2,
+    questions.unknown: 3,
 }
-
-
-def draw_mixture(rng, most=4):
-    """A scene of any kind."""
-    kinds = list(_OTHERS) + [functools.partial(questions.shapes, most=most)]
-    weights = list(_OTHERS.values()) + [64 - sum(_OTHERS.values())]
-    return rng.choices(kinds, weights)[0](rng)
+# What is learned last has more of what is learned late: where shapes are, to tenths, and colours and shapes apart from another.
+_ALL = {
+    questions.places: 9,
+    questions.where: 7,
+    questions.finding: 3,
+    questions.crossed: 6,
+    questions.other: 5,
+    questions.video: 5,
+    questions.comparison: 2,
+    questions.reading: 4,
+    None: 23,  # the mixture
+}
 
 
 def draw_one_shape(rng):
@@ -45,42 +50,42 @@ def draw_one_shape(rng):
     return questions.reading(rng) if rng.random() < 0.3 else questions.shapes(rng, most=1)
 
 
+def draw_mixture(rng):
+    """A scene of any kind but those that only teach."""
+    return rng.choices(list(_MIXTURE), list(_MIXTURE.values()))[0](rng)
+
+
 def draw_finding(rng):
     """Mostly scenes that ask to find one shape among others, which is the slowest thing to learn."""
     return draw_mixture(rng) if rng.random() < 0.2 else questions.finding(rng)
 
 
-def draw_places(rng):
-    """Half of it scenes of all kinds, half about where shapes are, in words and as boxes."""
-    return (draw_mixture if rng.random() < 0.5 else questions.places)(rng)
+def draw_all(rng):
+    """A scene of any kind."""
+    return (rng.choices(list(_ALL), list(_ALL.values()))[0] or draw_mixture)(rng)
 
 
 def draw_where(rng):
-    """Half of it about where shapes are that stand in a row."""
-    kinds = questions.where, questions.places, questions.other, draw_mixture
-    return rng.choices(kinds, (48, 10, 12, 30))[0](rng)
-
-
-def draw_crossed(rng):
-    """Mostly scenes that name the color of one thing and the shape of another, or that are several pictures."""
-    kinds = questions.crossed, questions.other, questions.comparison, questions.video, questions.where, questions.places
-    return rng.choices((*kinds, draw_mixture), (14, 14, 8, 14, 6, 6, 38))[0](rng)
+    """Mostly scenes of shapes in a row, where only its name leads to a shape, and not its row."""
+    return (draw_all if rng.random() < 0.3 else questions.where)(rng)
 
 
 def draw_unseen(rng):
-    """A scene of shapes in colours in which training never showed them."""
-    kind = rng.choices((questions.shapes, questions.comparison, questions.video), (48, 7, 8))[0]
-    return kind(rng, kinds=scenes.UNSEEN)
+    """A scene of shapes in colors in which training never showed them; half of the time beside seen ones that are like them."""
+    kinds = scenes.UNSEEN
+    if rng.random() < 0.5:  # of the same color or shape
+        color, shape = rng.choice(kinds)
+        kinds = ((color, shape),) * 5 + tuple(rng.sample([k for k in scenes.SEEN if k[0] == color or k[1] == shape], 3))
+    return rng.choices((questions.shapes, questions.comparison, questions.video), (48, 7, 8))[0](rng, kinds=kinds)
 
 
 # What draws a part, and how many scenes it has.
 PARTS = {
     "first": (draw_one_shape, 6_000),
+    "mixed": (draw_mixture, 80_000),
     "finding": (draw_finding, 40_000),
-    "train": (draw_mixture, 80_000),
-    "places": (draw_places, 40_000),
-    "where": (draw_where, 20_000),
-    "crossed": (draw_crossed, 40_000),
+    "where": (draw_where, 40_000),
+    "all": (draw_all, 100_000),
     "heldout": (draw_mixture, 1_000),
     "unseen": (draw_unseen, 500),
 }

@@ -2,7 +2,8 @@
 
   python -m paddlemix.examples.internvl2.demo_model.evaluate MODEL META.json [META.json ...]
 
-takes meta files that :mod:`.data` wrote. A box is right where it covers the true one with an IoU of 0.5 or more.
+takes meta files that :mod:`.data` wrote. A box is right where the words are and it covers the true
+one with an IoU of 0.5 or more.
 """
 
 import argparse
@@ -44,7 +45,8 @@ def is_right(task, answer, truth):
     if task != "box":
         return answer == truth
     (wanted,), found = _boxes(truth), _boxes(answer)
-    return len(found) == 1 and _overlap(found[0], wanted) >= 0.5
+    same_words = answer.split("[")[0] == truth.split("<box>")[0].replace("<ref>", "").replace("</ref>", "")
+    return same_words and len(found) == 1 and _overlap(found[0], wanted) >= 0.5
 
 
 def _boxes(text):

@@ -6,10 +6,12 @@ that marks their places in the first question, and a list of :class:`Turn` in ra
 
 from dataclasses import dataclass
 
+from PIL import Image
+
 from paddlemix.models.internvl2.conversation import IMAGE_PLACEHOLDER
 
 from . import scenes
-from .scenes import COLORS, SHAPES
+from .scenes import COLORS, SEEN, SHAPES
 
 MOST_TURNS = 4  # of a conversation: more would make it long, fewer would waste its picture
 
@@ -18,6 +20,7 @@ _CHINESE = {
     **dict(zip(SHAPES, ("圆形", "方形", "三角形", "星形"))),
     **dict(zip(scenes.DIRECTIONS, ("上", "下", "左", "右"))),
 }
+_UNKNOWN = "I do not know."
 _PAIR = "".join(f"Image-{i}: {IMAGE_PLACEHOLDER}\n" for i in (1, 2))
 
 
@@ -30,9 +33,9 @@ class Turn:
     answer: str
 
 
-def shapes(rng, kinds=scenes.SEEN, least=1, most=4):
-    """Between ``least`` and ``most`` coloured shapes of ``kinds``, pairs (color, shape)."""
-    chosen = [rng.choice(kinds) for _ in range(rng.randint(least, most))]
+def shapes(rng, kinds=SEEN, most=4):
+    """Up to ``most`` coloured shapes of ``kinds``, pairs (color, shape)."""
+    chosen = [rng.choice(kinds) for _ in range(rng.randint(1, most))]
     if rng.random() < 0.4:  # more of the same shape, for something to count
         repeated = [kind for kind in kinds if kind[1] == chosen[0][1]]
         chosen = [rng.choice(repeated) if i and rng.random() < 0.7 else kind for i, kind in enumerate(chosen)]
@@ -56,11 +59,11 @@ def shapes(rng, kinds=scenes.SEEN, least=1, most=4):
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", turns
 
 
-def finding(rng, kinds=scenes.SEEN):
+def finding(rng):
     """Two or three shapes, and something about each that only its name tells from the others."""
-    items = scenes.arrange([rng.choice(kinds) for _ in range(rng.randint(2, 3))], rng)
+    items = scenes.arrange([rng.choice(SEEN) for _ in range(rng.randint(2, 3))], rng)
     by_color, by_shape, by_name = (_single(items, key) for key in ("color", "shape", "name"))
-    turns = [_exists(items, kinds, rng), _exists(items, kinds, rng)]
+    turns = [_exists(items, SEEN, rng), _exists(items, SEEN, rng)]
     for item in items:
         possible = [_color(item, rng)] if item in by_shape else []
         possible += [_shape(item, rng)] if item in by_color else []
@@ -70,25 +73,27 @@ def finding(rng, kinds=scenes.SEEN):
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 
-def places(rng, kinds=scenes.SEEN):
+def places(rng):
     """One to four shapes, and where they are: in words, or two of them as boxes."""
-    items = scenes.arrange([rng.choice(kinds) for _ in range(rng.randint(1, 4))], rng)
+    items = scenes.arrange([rng.choice(SEEN) for _ in range(rng.randint(1, 4))], rng)
     by_name, by_shape = (_single(items, key) for key in ("name", "shape"))
     boxed = rng.sample(by_name, min(2, len(by_name))) if rng.random() < 0.5 else None
     turns = [_place(item, by_shape, rng) for item in by_name] if boxed is None else [_box(item) for item in boxed]
-    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns or [_exists(items, kinds, rng)], rng)
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns or [_exists(items, SEEN, rng)], rng)
 
 
-def where(rng, kinds=scenes.SEEN):
-    """Two or three shapes in a row, and where they are.
+def where(rng):
+    """Two or three shapes in a row, and where one of them is; in several wordings, so that its name stands in several places.
 
     After "top" of "top left", looking at what is in the top row nearly always gives the right second word, and no name is
-    needed for it; but not here.
+    needed for it; but not here. A second question could be answered by what the first one left over.
     """
-    items = scenes.arrange([rng.choice(kinds) for _ in range(rng.randint(2, 3))], rng, in_a_row=True)
+    items = scenes.arrange([rng.choice(SEEN) for _ in range(rng.randint(2, 3))], rng, in_a_row=True)
     by_name, by_shape = (_single(items, key) for key in ("name", "shape"))
-    turns = [_place(item, by_shape, rng) for item in by_name] or [_exists(items, kinds, rng)]
-    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
+    turn = _place(rng.choice(by_name), by_shape, rng) if by_name else _exists(items, SEEN, rng)
+    form = rng.choice(("{}", "Please look. {}", "{} Please look.", "{} Please look at the picture."))
+    turn = Turn(turn.task, form.format(turn.question), turn.answer)
+    return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", [turn]
 
 
 def unnamed(rng):
@@ -102,14 +107,14 @@ def unnamed(rng):
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 
-def other(rng, kinds=scenes.SEEN):
+def other(rng):
     """Two shapes that differ in color and shape, each asked for by the other.
 
     Without these, a question that names a star would never be answered by a color in which training has no stars, and that is
     learned from the words alone.
     """
-    first = rng.choice(kinds)
-    second = rng.choice([kind for kind in kinds if kind[0] != first[0] and kind[1] != first[1]])
+    first = rng.choice(SEEN)
+    second = rng.choice([kind for kind in SEEN if kind[0] != first[0] and kind[1] != first[1]])
     items = scenes.arrange([first, second], rng)
     turns = []
     for item, named in (items, items[::-1]):
@@ -122,12 +127,12 @@ def other(rng, kinds=scenes.SEEN):
     return [scenes.draw_items(items, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 
-def crossed(rng, kinds=scenes.SEEN):
+def crossed(rng):
     """The color of one shape and the shape of another, in one picture or in two.
 
     Without these, only some shapes would ever be named after a color, and that, too, is learned from the words alone.
     """
-    pair = [rng.choice(kinds), rng.choice(kinds)]
+    pair = [rng.choice(SEEN), rng.choice(SEEN)]
     if rng.random() < 0.5:
         items = scenes.arrange(pair, rng)
         where = [_at(item) for item in items]
@@ -145,10 +150,12 @@ def crossed(rng, kinds=scenes.SEEN):
 
 def reading(rng):
     """A word, or a number of up to two digits."""
-    number = rng.random() < 0.4
+    number = rng.random() < 0.5
     text = str(rng.randint(0, 99)) if number else rng.choice(scenes.WORDS)
     question = rng.choice(("What does the picture say?", "Which number is this?" if number else "Which word is this?"))
     turn = Turn("number" if number else "word", question, text)
+    if rng.random() < 0.1:
+        turn = Turn("description", "Please describe this picture.", f"the {'number' if number else 'word'} {text}")
     return [scenes.draw_text(text, rng)], f"{IMAGE_PLACEHOLDER}\n", [turn]
 
 
@@ -161,10 +168,12 @@ def chart(rng):
         Turn("chart", "Which bar is the lowest?", min(heights, key=heights.get)),
         Turn("chart", "How many bars are there?", str(len(heights))),
     ]
+    if rng.random() < 0.2:
+        turns = [Turn("description", "Please describe this picture.", f"a chart of {len(heights)} bars")]
     return [scenes.draw_chart(heights, rng)], f"{IMAGE_PLACEHOLDER}\n", _shuffled(turns, rng)
 
 
-def comparison(rng, kinds=scenes.SEEN):
+def comparison(rng, kinds=SEEN):
     """Two pictures of one shape each."""
     first = rng.choice(kinds)
     similar = [kind for kind in kinds if (kind[0] == first[0]) != (kind[1] == first[1])]
@@ -180,30 +189,32 @@ def comparison(rng, kinds=scenes.SEEN):
     return [scenes.draw_items([item], rng) for item in pair], _PAIR, _shuffled(turns, rng)
 
 
-def video(rng, kinds=scenes.SEEN):
+def video(rng, kinds=SEEN):
     """Frames of a shape that moves; some of them in a color without a name."""
     direction, (color, shape) = rng.choice(list(scenes.DIRECTIONS)), rng.choice(kinds)
-    named = kinds is not scenes.SEEN or rng.random() < 0.7
+    named = kinds is not SEEN or rng.random() < 0.7
     items = scenes.move((color if named else scenes.any_color(shape, rng), shape), direction, rng)
     turns = [
-        Turn("video", "Which way does it move?", direction),
+        Turn("direction", "Which way does it move?", direction),
         Turn("video", "What shape moves?", shape),
         Turn("Chinese", "它向哪个方向移动？", _CHINESE[direction]),
     ]
     if named:
         turns.append(Turn("video", "Please describe this video.", f"A {items[0].name} moves {direction}."))
         turns.append(Turn("video", "What color is the shape that moves?", color))
-    # Readers of video files write "Frame1", trainers "Frame-1".
-    form = rng.choice(("Frame{}: {}\n", "Frame-{}: {}\n"))
-    prefix = "".join(form.format(i + 1, IMAGE_PLACEHOLDER) for i in range(scenes.FRAMES))
     seed = rng.random()
     pictures = [scenes.draw_items([item], type(rng)(seed)) for item in items]  # the same shades in all frames
-    return pictures, prefix, _shuffled(turns, rng)
+    return pictures, _frames(rng), _shuffled(turns, rng)
 
 
 def unknown(rng):
-    """A picture that nothing here can be said about, and a question that other pictures have an answer to."""
-    color, shape = rng.choice(scenes.SEEN)
+    """A picture or a video that nothing here can be said about, and a question that others have an answer to."""
+    color, shape = rng.choice(SEEN)
+    if rng.random() < 0.25:
+        question = rng.choice(("Please describe this video.", "Which way does it move?", "What shape moves?"))
+        first, last = scenes.draw_unknown(rng), scenes.draw_unknown(rng)
+        pictures = [Image.blend(first, last, i / (scenes.FRAMES - 1)) for i in range(scenes.FRAMES)]
+        return pictures, _frames(rng), [Turn("unknown", question, _UNKNOWN)]
     question = rng.choice(
         (
             "Please describe this picture.",
@@ -217,7 +228,13 @@ def unknown(rng):
             f"How many {shape}s are there?",
         )
     )
-    return [scenes.draw_unknown(rng)], f"{IMAGE_PLACEHOLDER}\n", [Turn("unknown", question, "I do not know.")]
+    return [scenes.draw_unknown(rng)], f"{IMAGE_PLACEHOLDER}\n", [Turn("unknown", question, _UNKNOWN)]
+
+
+def _frames(rng):
+    """The marks of a video's frames: readers of video files write "Frame1", trainers "Frame-1"."""
+    form = rng.choice(("Frame{}: {}\n", "Frame-{}: {}\n"))
+    return "".join(form.format(i + 1, IMAGE_PLACEHOLDER) for i in range(scenes.FRAMES))
 
 
 def _color(item, rng):

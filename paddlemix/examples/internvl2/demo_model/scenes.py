@@ -24,7 +24,7 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star")
 
-# Never together in a training picture or its questions: what is learned of colours and of shapes must meet here.
+# In training, no picture shows such a shape and no text names it: what is learned of colours and of shapes must meet here.
 UNSEEN = (("yellow", "star"), ("black", "circle"), ("green", "triangle"), ("purple", "square"))
 SEEN = tuple((color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in UNSEEN)
 
@@ -89,6 +89,11 @@ class Item:
         return tuple(round(value / SIDE * 100) * 10 for value in (min(xs), min(ys), max(xs), max(ys)))
 
 
+def centre(cell):
+    """The middle (x, y) of one of ``PLACES``, by number, in pixels."""
+    return (cell % 3 + 0.5) * SIDE / 3, (cell // 3 + 0.5) * SIDE / 3
+
+
 def arrange(kinds, rng, in_a_row=False):
     """Items of ``kinds``, pairs (color, shape), each in a cell of its own; in reading order."""
     cells = range(len(PLACES))
@@ -98,17 +103,18 @@ def arrange(kinds, rng, in_a_row=False):
     cells = sorted(rng.sample(cells, len(kinds)))
     items = []
     for cell, (color, shape) in zip(cells, kinds):
-        x, y = ((part + 0.5) * SIDE / 3 + rng.uniform(-1.5, 1.5) for part in (cell % 3, cell // 3))
+        x, y = (middle + rng.uniform(-1.5, 1.5) for middle in centre(cell))
         items.append(Item(color, shape, x, y, rng.uniform(9, 12)))
     return items
 
 
 def any_color(shape, rng):
-    """A random color that stands out from the ground, and is not near those in which ``shape`` is ``UNSEEN``."""
+    """A random color that stands out from the ground, and that nobody would call one in which ``shape`` is ``UNSEEN``."""
+    kept = [name for name, kept_shape in UNSEEN if kept_shape == shape]
     while True:
         color = tuple(rng.randbytes(3))
-        kept = [COLORS[name] for name, kept_shape in UNSEEN if kept_shape == shape]
-        if min(color) < 150 and all(max(abs(a - b) for a, b in zip(color, other)) > 70 for other in kept):
+        away = {name: math.dist(color, other) for name, other in COLORS.items()}
+        if min(color) < 150 and all(away[name] > max(110, 1.3 * min(away.values())) for name in kept):
             return color
 
 
@@ -160,7 +166,7 @@ def move(kind, direction, rng):
     return items
 
 
-def draw_unknown(rng, side=SIDE):
+def draw_unknown(rng):
     """A picture of nothing that has a name here: clouds of colour, coarse and fine, with some patches and lines."""
     full = SIDE * _SCALE
     canvas = None
@@ -178,7 +184,7 @@ def draw_unknown(rng, side=SIDE):
             pencil.polygon(corners, fill=color)
         else:
             pencil.line(corners, fill=color, width=rng.randint(2, 20))
-    return _reduced(canvas, side)
+    return _reduced(canvas, SIDE)
 
 
 def _ground(rng):
