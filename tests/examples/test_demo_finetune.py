@@ -81,9 +81,10 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit((folder / "saved").touch()))
 time.sleep(60)
 """
     program = """
-import sys
+import signal, sys
 from paddlemix.errors import command_main
 from paddlemix.examples.internvl2.demo_training import run_training
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal; what a script starts with & ignores it
 command_main(run_training)(sys.argv[1:])
 print("next")
 """
