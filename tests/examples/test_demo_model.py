@@ -183,7 +183,8 @@ def test_random_colors_stay_away_from_combinations_that_are_kept_for_the_end(col
         item = scenes.Item(scenes.any_color(shape, rng), shape, 42, 42, 12)
         assert min(scenes.COLORS, key=lambda name: math.dist(scenes.COLORS[name], item.color)) != color
         ((_, shown),) = _blobs(scenes.draw_items([item], rng))
-        assert math.dist(shown, scenes.COLORS[color]) > 75  # shades of one name are up to 35 away
+        assert np.abs(shown - scenes.COLORS[color]).max() > 45  # shades of one name differ by 20
+        assert math.dist(shown, scenes.COLORS[color]) > 75  # and are up to 35 away
 
 
 def test_held_out_pictures_are_no_training_pictures(parts):
@@ -282,9 +283,9 @@ def test_the_bundled_model_answers_as_its_card_says(tmp_path):
     """Scenes that are neither in training nor in the table; so few that some points are chance."""
     metas = [data.write_part(tmp_path, name, 0.1, seed=1, processes=1) for name in ("heldout", "unseen")]
     tables, _ = evaluate.evaluate(str(MODEL), metas)
-    for table, overall, chance in zip(tables, _measured()["overall"], (5, 8)):
+    for table, overall, least, chance in zip(tables, _measured()["overall"], (200, 100), (5, 8)):
         right, asked = map(sum, zip(*table.values()))
-        assert asked > 100
+        assert asked > least
         assert abs(100 * right / asked - overall) < chance
 
 

@@ -369,6 +369,7 @@ def test_damage_elsewhere_does_not_matter(tmp_path):
 def test_bundled_clip_shows_a_blue_square_on_its_way_down(reader):
     frames = np.stack(sample_frames(DEMO_IMAGES / "clip.mp4", 4, reader=reader)).astype(int)
     rows = [np.flatnonzero((frame[..., 2] - frame[..., 0] > 128).any(axis=1)).mean() for frame in frames]
+    assert all(later - earlier > frames.shape[1] / 12 for earlier, later in zip(rows, rows[1:]))
     # As tools/draw_demo_images.py draws frames 1, 5, 9 and 12: 80 pixels in 15 steps, the middle of them at 84.
     assert np.allclose(rows, [84 + (number / 15 - 0.5) * 80 for number in (1, 5, 9, 12)], atol=1.5)
 
