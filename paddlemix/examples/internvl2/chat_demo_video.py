@@ -8,7 +8,7 @@
 A video is a file, an animated GIF, or a folder of frames.
 """
 
-from paddlemix.errors import VideoError
+from paddlemix.errors import VideoError, command_main
 from paddlemix.examples.internvl2 import cli
 
 DEMO_VIDEO = cli.DEMO_IMAGES / "clip.mp4"
@@ -50,6 +50,7 @@ def load_frames(paths, config, args):
     return frame_prefix(len(counts)), np.concatenate([pixels for pixels, _ in videos]), counts
 
 
+@command_main
 def main():
     """Parse the command line and chat."""
     parser = cli.make_parser(__doc__)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import paddlemix
-from paddlemix.errors import UserError, command_main
+from paddlemix.errors import UserError
 
 ROOT = Path(paddlemix.__file__).parent
 DEMO_MODEL = ROOT / "demo_model"
@@ -51,7 +51,6 @@ def make_parser(description):
     return parser
 
 
-@command_main
 def run(args, text, paths, attach, finish=None):
     """Load the model that ``args`` name and ask it.
 
