@@ -2,8 +2,8 @@
 
   python -m paddlemix.examples.internvl2.demo_model.evaluate MODEL META.json [META.json ...]
 
-takes meta files that :mod:`.data` wrote. A box is right where the words are and it covers the true
-one with an IoU of 0.5 or more.
+takes meta files that :mod:`.data` wrote. A box is right where the words are and it covers the true one with an IoU of 0.5 or
+more.
 """
 
 import argparse
@@ -22,21 +22,21 @@ BATCH = 32  # questions that are asked at once
 
 
 def read_questions(meta_path):
-    """The questions of a meta file of one part: list of (task, question with its picture marks, answer, paths).
+    """The questions of a meta file: list of (task, question with its picture marks, answer, paths).
 
     Raises:
         DataError: the meta file cannot be read, or its records are not as :mod:`.data` writes them.
     """
-    source = read_meta(meta_path)[0]
     questions = []
-    for line in Path(source.annotation).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if "tasks" not in record:
-            raise DataError(f"{source.annotation}: its records do not say their 'tasks': draw it with demo_model.data")
-        texts = [turn["value"] for turn in record["conversations"]]
-        paths = [os.path.join(source.root, name) for name in record["image"]]
-        for task, question, answer in zip(record["tasks"], texts[::2], texts[1::2]):
-            questions.append((task, record["prefix"] + question.removeprefix(record["prefix"]), answer, paths))
+    for source in read_meta(meta_path):
+        for line in Path(source.annotation).read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if "tasks" not in record:
+                raise DataError(f"{source.annotation}: its records do not say their 'tasks': draw it with demo_model.data")
+            texts = [turn["value"] for turn in record["conversations"]]
+            paths = [os.path.join(source.root, name) for name in record["image"]]
+            for task, question, answer in zip(record["tasks"], texts[::2], texts[1::2]):
+                questions.append((task, record["prefix"] + question.removeprefix(record["prefix"]), answer, paths))
     return questions
 
 

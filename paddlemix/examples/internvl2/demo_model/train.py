@@ -79,7 +79,7 @@ STAGE1 = (
 # once more was not found out in a thousand steps on rows, and then within a hundred when the learning rate was lowered to 7e-5.
 # Weight decay is large in the last part: early on, a model learns from the words alone which shapes follow which color, and
 # this has to be forgotten before it can name a color and a shape that it never saw together. It comes last, because models
-# with less to build on did not find the second word.
+# that had it earlier did not find the second word on rows at all.
 STAGE2 = (
     ("stage2_where", "where", 300, "--learning_rate 2e-4 --warmup_steps 10 --lr_scheduler_type constant_with_warmup"),
     ("stage2_slowly", "where", 300, "--learning_rate 7e-5 --warmup_steps 5 --lr_scheduler_type constant_with_warmup"),
