@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paddlemix.errors import UserError
 from paddlemix.examples.internvl2 import chat_demo, chat_demo_video, cli
 from paddlemix.models.internvl2 import load_tokenizer
 from paddlemix.processors.internvl2.video import get_index
@@ -202,6 +203,20 @@ def bad_pictures(tmp_path):
     yield write(tmp_path / "text.jpg", b"this is no picture"), "text.jpg"
     yield write(tmp_path / "noise.png", b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + b"\0" * 40), "noise.png"
     yield tmp_path, str(tmp_path)
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(monkeypatch, capsys, tmp_path):
+    class Session:
+        marked_answer = "<ref>red star</ref><box>[[60, 40, 280, 270]]</box>"
+
+    scene, out = chat_demo.DEMO_IMAGE.with_name("scene_2.png"), tmp_path / "out.png"
+    out.write_bytes(b"old")
+    (tmp_path / ".out.png").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="out.png cannot be written .No space left"):
+        chat_demo.save_boxes(Session, str(scene), str(out))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.png"] and out.read_bytes() == b"old"
+    chat_demo.save_boxes(Session, str(scene), str(out))
+    assert Image.open(out).size == Image.open(scene).size
 
 
 def test_bad_pictures_end_in_one_sentence(monkeypatch, capsys, tmp_path):

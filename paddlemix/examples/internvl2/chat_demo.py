@@ -66,13 +66,21 @@ def check_drawing(paths, output):
 
 
 def save_boxes(session, path, output):
-    """Draw the boxes of the last answer on the picture ``path``."""
+    """Draw the boxes of the last answer on the picture ``path`` and save it as ``output``, whole or not at all."""
     from paddlemix.processors.internvl2.boxes import draw_boxes, parse_boxes
     from paddlemix.processors.internvl2.image import open_image
 
     picture = open_image(path)
     boxes = parse_boxes(session.marked_answer, *picture.size)
-    draw_boxes(picture, boxes).save(output)
+    unfinished = Path(output).with_name(f".{Path(output).name}")  # the name's end is the format
+    try:
+        draw_boxes(picture, boxes).save(unfinished)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise PromptError(
+            f"--draw_boxes {output} cannot be written ({error.strerror or error}): make room, or use another"
+        ) from None
+    unfinished.replace(output)
     print(f"{len(boxes)} box(es) drawn on {output}")
 
 
