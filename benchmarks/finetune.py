@@ -16,8 +16,8 @@ import sides
 from sides import seconds
 
 from paddlemix.errors import command_main
+from paddlemix.models.blocks.flops import decoder_flops, parameter_counts, vision_flops
 from paddlemix.models.internvl2 import InternVLChatConfig
-from paddlemix.models.internvl2.flops import decoder_flops, parameter_counts, vision_flops
 
 TILES = 4
 SETTINGS = {"learning_rate": 4e-5, "weight_decay": 0.01, "max_grad_norm": 1.0}

@@ -18,8 +18,8 @@ import sides
 from sides import seconds
 
 from paddlemix.errors import command_main
+from paddlemix.models.blocks.flops import decode_bytes, decoder_flops, parameter_counts, vision_flops
 from paddlemix.models.internvl2 import InternVLChatConfig
-from paddlemix.models.internvl2.flops import decode_bytes, decoder_flops, parameter_counts, vision_flops
 
 DTYPES = ("float32", "bfloat16")
 TEXT_TOKENS = 40  # of the prompt, beside the tiles

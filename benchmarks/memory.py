@@ -43,9 +43,9 @@ def hold_conversation(case, spec):
 
     from paddlemix import device
     from paddlemix.kernels import cpu as kernels
+    from paddlemix.models.blocks.engine import choose
+    from paddlemix.models.blocks.flops import parameter_counts
     from paddlemix.models.internvl2 import ChatSession, InternVLChatConfig, InternVLChatModel, load_tokenizer
-    from paddlemix.models.internvl2.engine import choose
-    from paddlemix.models.internvl2.flops import parameter_counts
 
     device.set_device("cpu")
     kernels.set_num_threads(spec["threads"])

@@ -7,10 +7,10 @@ import paddle
 from paddlemix import device
 from paddlemix.kernels import cpu as kernels
 from paddlemix.kernels import gemm
+from paddlemix.models.blocks.engine import choose
+from paddlemix.models.blocks.flops import parameter_counts
+from paddlemix.models.blocks.generation import generate_tokens
 from paddlemix.models.internvl2 import GenerationConfig, InternVLChatConfig, InternVLChatModel
-from paddlemix.models.internvl2.engine import choose
-from paddlemix.models.internvl2.flops import parameter_counts
-from paddlemix.models.internvl2.generation import generate_tokens
 from paddlemix.training.arguments import ModelArguments, PreTrainingArguments
 from paddlemix.training.building import prepare
 from paddlemix.training.processes import Processes

@@ -82,8 +82,8 @@ def main():
     import paddle
     from paddle_internvl import PaddleInternVL
 
+    from paddlemix.models.blocks.generation import generate_tokens
     from paddlemix.models.internvl2 import GenerationConfig
-    from paddlemix.models.internvl2.generation import generate_tokens
 
     directory = str(sides.checkpoint_directory(options.model))
     side = PaddleInternVL(directory, options.dtype, options.threads, options.engine)

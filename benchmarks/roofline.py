@@ -12,8 +12,8 @@ bounds it. Nothing here is a measurement of the devices.
 import argparse
 from pathlib import Path
 
+from paddlemix.models.blocks.flops import decode_bytes, decoder_flops, parameter_bytes, vision_flops
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
-from paddlemix.models.internvl2.flops import decode_bytes, decoder_flops, parameter_bytes, vision_flops
 
 # Vendors' figures: TFLOP/s of dense products in half precision with float32 sums, and memory bandwidth in GB/s.
 DEVICES = {
@@ -70,8 +70,8 @@ def count_operators():
     import numpy as np
     import paddle
 
+    from paddlemix.models.blocks.language import KVCache
     from paddlemix.models.internvl2 import InternVLChatModel
-    from paddlemix.models.internvl2.language import KVCache
 
     model = InternVLChatModel.from_pretrained(str(DEMO_MODEL), dtype="float32", engine="eager")
     language = model.language_model

@@ -17,16 +17,16 @@ from pathlib import Path
 import machine
 import numpy as np
 
-from paddlemix.errors import UserError
-from paddlemix.models.internvl2 import InternVLChatConfig
-from paddlemix.models.internvl2.checkpoint import weight_table
-from paddlemix.models.internvl2.weight_files import (
+from paddlemix.checkpoints import (
     OutgoingTensor,
     blocks,
     convert_dtype,
     rows_per_block,
     write_safetensors,
 )
+from paddlemix.errors import UserError
+from paddlemix.models.internvl2 import InternVLChatConfig
+from paddlemix.models.internvl2.checkpoint import weight_table
 
 HERE = Path(__file__).resolve().parent
 MODELS = {"demo": HERE.parent / "paddlemix" / "demo_model", "1b": HERE / "internvl2-1b"}

@@ -8,7 +8,11 @@ such as ``debug``, sets what it tells about its choices on stderr.
 import logging
 import os
 
+from paddlemix.moved import install as install_moved
+
 __version__ = "0.1.0"
+
+install_moved()
 
 if os.environ.get("PADDLEMIX_LOG", "").upper() in ("DEBUG", "INFO", "WARNING", "ERROR"):
     _handler = logging.StreamHandler()

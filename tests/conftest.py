@@ -37,7 +37,7 @@ def reference(request):
 @functools.cache
 def tiles(number, max_num=6):
     """Tiles of reference picture ``number`` at the checkpoints' 112 pixels, as the reference was made."""
-    from paddlemix.processors.internvl2.image import load_image
+    from paddlemix.processors.image import load_image
 
     return load_image(str(REFERENCE / "images" / f"img{number}.png"), input_size=112, max_num=max_num)
 

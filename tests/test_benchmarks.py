@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paddlemix.models.blocks.flops import decode_bytes, decoder_flops, vision_flops
 from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
-from paddlemix.models.internvl2.flops import decode_bytes, decoder_flops, vision_flops
 from tests.conftest import REFERENCE
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from paddlemix.training.log import read_log
 from tests.conftest import REFERENCE
-from tests.datasets.internvl2.helpers import write_meta
+from tests.datasets.helpers import write_meta
 from tests.training.helpers import RECORDS
 
 ROOT = Path(__file__).parents[1]

@@ -15,8 +15,8 @@ import pytest
 from paddle.amp import debugging
 from paddle.base import core
 
+from paddlemix.models.blocks.vision import bicubic_weights
 from paddlemix.models.internvl2 import ChatSession, InternVLChatModel
-from paddlemix.models.internvl2.vision import bicubic_weights
 from paddlemix.training.arguments import PreTrainingArguments
 from paddlemix.training.optimizer import Optimizer
 from tests.conftest import FAMILIES, assert_close, load_reference, tiles

@@ -172,7 +172,7 @@ def check_fused(place, dtypes):
 
     from paddlemix import device
     from paddlemix.kernels import fused
-    from paddlemix.models.internvl2.layers import AttentionMask, RMSNorm, apply_rope, attention
+    from paddlemix.models.blocks.layers import AttentionMask, RMSNorm, apply_rope, attention
 
     def norm(x, weight):
         return RMSNorm.forward(SimpleNamespace(weight=weight, eps=1e-6), x)
@@ -253,7 +253,7 @@ def _demo(place, dtype):
 
 
 def _picture(model):
-    from paddlemix.processors.internvl2.image import load_image
+    from paddlemix.processors.image import load_image
 
     return load_image(str(ROOT / "paddlemix" / "demo_images" / "scene_1.png"), input_size=model.config.image_size, max_num=1)
 

@@ -1,7 +1,7 @@
 """Fused kernels of GPUs and of the Ascend plug-in behind attention, RMSNorm and rotary positions.
 
 :func:`choose` names the kernel for a function and dtype on the device in use; the tables below call it. Each computes what
-the plain composition in ``models/internvl2/layers.py`` does, which stays the reference and the way out:
+the plain composition in ``models/blocks/layers.py`` does, which stays the reference and the way out:
 ``PADDLEMIX_KERNELS=plain`` for all, or ``PADDLEMIX_KERNELS=attention=plain,norm=plain`` for some, turns them off, and
 ``PADDLEMIX_LOG=debug`` tells which are in use.
 
@@ -170,7 +170,7 @@ def rms_norm(kernel, x, weight, eps):
 
 
 def rope(kernel, x, cos, sin):
-    """``x [B, N, H, D]``, tables ``[1, N, 1, D]`` float32 as for :func:`~paddlemix.models.internvl2.layers.apply_rope`.
+    """``x [B, N, H, D]``, tables ``[1, N, 1, D]`` float32 as for :func:`~paddlemix.models.blocks.layers.apply_rope`.
 
     The kernels want ``sin`` with the sign that the position formula has, and all arguments in one dtype: float32, as
     angles in half precision would move distant tokens.

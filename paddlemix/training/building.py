@@ -4,12 +4,11 @@ import json
 import logging
 import os
 
+from paddlemix.checkpoints import convert_dtype, find_weight_files, name_some, open_weight_file
+from paddlemix.checkpoints.hub import resolve
 from paddlemix.errors import CheckpointError, ConfigError
+from paddlemix.models.blocks.lora import wrap_backbone_lora, wrap_llm_lora
 from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel, load_tokenizer
-from paddlemix.models.internvl2.checkpoint import weight_table
-from paddlemix.models.internvl2.hub import resolve
-from paddlemix.models.internvl2.lora import wrap_backbone_lora, wrap_llm_lora
-from paddlemix.models.internvl2.weight_files import convert_dtype, find_weight_files, name_some, open_weight_file
 
 from .plan import learns
 
@@ -161,7 +160,7 @@ def assemble(model_args, data_args):
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{vision_path} and {llm_path} cannot be put together: {error}") from None
     model = InternVLChatModel(config)
-    table = weight_table(config)
+    table = config.weight_table()
     _fill(model, table, vision_path, "vision_model.")
     _fill(model, table, llm_path, "language_model.", tied)
     if model_args.mlp_path is not None:
@@ -193,7 +192,7 @@ def _fill(model, table, path, prefix, tied=False):
 
     Args:
         model: in float32.
-        table: its :func:`weight_table`.
+        table: its ``weight_table()``.
         path: directory or weight file.
         prefix: what the part's names begin with in a chat model; ``path`` may leave it out.
         tied: whether the checkpoint's token embedding is its output head as well.

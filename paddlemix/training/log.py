@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from paddlemix import device
 from paddlemix.errors import ConfigError
-from paddlemix.models.internvl2.flops import decoder_flops, vision_flops
+from paddlemix.models.blocks.flops import decoder_flops, vision_flops
 
 
 def training_flops(model, segments, labels, tiles):

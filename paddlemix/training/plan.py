@@ -16,10 +16,9 @@ import sys
 from dataclasses import dataclass
 
 from paddlemix import device
-from paddlemix.datasets.internvl2.records import read_meta
+from paddlemix.datasets.records import read_meta
 from paddlemix.errors import ConfigError, DataError, DeviceError, command_main
-from paddlemix.models.internvl2.adapters import with_adapters
-from paddlemix.models.internvl2.checkpoint import weight_table
+from paddlemix.models.blocks.adapters import with_adapters
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
 
 from .arguments import parse
@@ -115,7 +114,7 @@ def parameters(config, model_args):
         use_backbone_lora=model_args.use_backbone_lora or config.use_backbone_lora,
     )
     depth = config.vision_config.num_hidden_layers
-    table = with_adapters(weight_table(plain), dataclasses.replace(config, **ranks))
+    table = with_adapters(plain.weight_table(), dataclasses.replace(config, **ranks))
     return {weight.name: (math.prod(weight.shape), learns(weight.name, model_args, depth)) for weight in table}
 
 
@@ -475,7 +474,7 @@ def read_config(model_args):
     Raises:
         UserError: there is no such directory, and the name is not that of a published model.
     """
-    from paddlemix.models.internvl2.hub import resolve
+    from paddlemix.checkpoints.hub import resolve
 
     if model_args.model_name_or_path is None:
         raise ConfigError("the plan needs a whole model: set --model_name_or_path")

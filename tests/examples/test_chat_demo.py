@@ -16,7 +16,7 @@ from PIL import Image
 from paddlemix.errors import UserError
 from paddlemix.examples.internvl2 import chat_demo, chat_demo_video, cli
 from paddlemix.models.internvl2 import load_tokenizer
-from paddlemix.processors.internvl2.video import get_index
+from paddlemix.processors.video import get_index
 from tests.conftest import load_reference, tiles
 
 SCENE = str(chat_demo.DEMO_IMAGE)

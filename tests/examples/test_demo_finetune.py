@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paddlemix.datasets.internvl2.records import read_meta
+from paddlemix.datasets.records import read_meta
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_finetune import run, signs
 from paddlemix.examples.internvl2.demo_training import draw_losses
 from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
-from paddlemix.processors.internvl2.image import load_image
+from paddlemix.processors.image import load_image
 
 
 def test_the_same_seed_draws_the_same_pictures(tmp_path):

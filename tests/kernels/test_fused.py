@@ -14,7 +14,7 @@ import pytest
 from paddlemix import device
 from paddlemix.errors import DeviceError
 from paddlemix.kernels import fused
-from paddlemix.models.internvl2.layers import AttentionMask, RMSNorm, apply_rope, attention
+from paddlemix.models.blocks.layers import AttentionMask, RMSNorm, apply_rope, attention
 
 CACHED = (fused._flash_npu, fused._norm_npu_offered, fused._rope_npu_offered, fused._signs)
 

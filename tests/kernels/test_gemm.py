@@ -5,7 +5,7 @@ import paddle
 import pytest
 
 from paddlemix.kernels import gemm
-from paddlemix.models.internvl2.layers import AttentionMask, Linear, attention
+from paddlemix.models.blocks.layers import AttentionMask, Linear, attention
 
 pytestmark = pytest.mark.skipif(gemm._library() is None, reason="Paddle ships no oneDNN here")
 

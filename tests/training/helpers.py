@@ -9,7 +9,7 @@ from paddlemix.training.building import prepare
 from paddlemix.training.processes import Processes
 from paddlemix.training.trainer import Trainer, finetune
 from tests.conftest import REFERENCE, load_reference, tiles
-from tests.datasets.internvl2.helpers import picture_record, talk, write_meta
+from tests.datasets.helpers import picture_record, talk, write_meta
 
 # Samples of all kinds and lengths; the pictures are tiled.
 RECORDS = [

@@ -8,9 +8,9 @@ import paddle
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from paddlemix.checkpoints import convert_dtype, find_weight_files, open_weight_file
 from paddlemix.errors import CheckpointError, ConfigError
 from paddlemix.models.internvl2 import load_tokenizer
-from paddlemix.models.internvl2.weight_files import convert_dtype, find_weight_files, open_weight_file
 from paddlemix.training.arguments import DataTrainingArguments, ModelArguments
 from paddlemix.training.building import NEW_TOKENS, assemble, build_model
 from tests.conftest import REFERENCE, assert_close, load_reference, tiles

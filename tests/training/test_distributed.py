@@ -13,7 +13,7 @@ import pytest
 
 from paddlemix.models.internvl2 import InternVLChatModel
 from paddlemix.training.log import read_log
-from tests.datasets.internvl2.helpers import write_meta
+from tests.datasets.helpers import write_meta
 from tests.training.helpers import RECORDS, flags, run
 from tests.training.test_finetune import SCRIPT, losses
 

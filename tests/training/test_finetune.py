@@ -17,7 +17,7 @@ from paddlemix.training import trainer as trainer_module
 from paddlemix.training.arguments import parse
 from paddlemix.training.log import read_log
 from tests.conftest import REFERENCE, tiles
-from tests.datasets.internvl2.helpers import picture_record, talk, write_meta
+from tests.datasets.helpers import picture_record, talk, write_meta
 from tests.training.helpers import RECORDS, flags, run
 
 ORIGINAL = REFERENCE / "qwen2" / "checkpoint" / "model.safetensors"

@@ -10,12 +10,12 @@ import paddle
 import pytest
 from paddle.base import core
 
+from paddlemix.models.blocks.language import LanguageModel
+from paddlemix.models.blocks.lora import wrap_backbone_lora, wrap_llm_lora
+from paddlemix.models.blocks.vision import InternVisionModel
 from paddlemix.models.internvl2 import InternVLChatModel
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
-from paddlemix.models.internvl2.language import LanguageModel
-from paddlemix.models.internvl2.lora import wrap_backbone_lora, wrap_llm_lora
 from paddlemix.models.internvl2.modeling import count_parameters
-from paddlemix.models.internvl2.vision import InternVisionModel
 from paddlemix.training import plan
 from paddlemix.training.arguments import DataTrainingArguments, ModelArguments, PreTrainingArguments
 from paddlemix.training.optimizer import Optimizer

@@ -1,12 +1,13 @@
 """Training data of the InternVL family: records on disk to batches of arrays. Numpy and Pillow only."""
 
-from .collate import Collator
-from .dataset import BadSampleLog, InternVLDataset, measure
+from paddlemix.datasets.collate import Collator
+from paddlemix.datasets.dataset import BadSampleLog, InternVLDataset, measure
+from paddlemix.datasets.loading import BatchLoader
+from paddlemix.datasets.packing import PackedBatches, Packer, rows_per_epoch
+from paddlemix.datasets.records import Record, Source, read_meta
+from paddlemix.datasets.samplers import SampleOrder, TrainBatchSampler, sequential_batches
+
 from .encoding import DataOptions, SampleEncoder
-from .loading import BatchLoader
-from .packing import PackedBatches, Packer, rows_per_epoch
-from .records import Record, Source, read_meta
-from .samplers import SampleOrder, TrainBatchSampler, sequential_batches
 
 __all__ = [
     "BadSampleLog",

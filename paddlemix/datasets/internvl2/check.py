@@ -20,12 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 import paddlemix
+from paddlemix.checkpoints.hub import resolve
+from paddlemix.datasets.records import read_meta
 from paddlemix.errors import ConfigError, UserError, command_main
 from paddlemix.models.internvl2 import InternVLChatConfig, load_tokenizer
-from paddlemix.models.internvl2.hub import resolve
 
 from .encoding import DataOptions, SampleEncoder
-from .records import read_meta
 
 DEMO_MODEL = Path(paddlemix.__file__).parent / "demo_model"
 

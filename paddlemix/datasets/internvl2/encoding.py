@@ -10,15 +10,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 from PIL import Image
 
+from paddlemix.datasets.records import VIDEO_PLACEHOLDER
 from paddlemix.errors import ConfigError, DataError
-from paddlemix.models.internvl2.conversation import (
-    IGNORE_INDEX,
-    IMAGE_PLACEHOLDER,
-    IMG_CONTEXT,
-    encode_conversations,
-    get_template,
-)
-from paddlemix.processors.internvl2.image import (
+from paddlemix.models.blocks.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMG_CONTEXT, encode_conversations
+from paddlemix.models.internvl2.conversation import get_template
+from paddlemix.processors.image import (
     dynamic_preprocess,
     find_closest_aspect_ratio,
     load_image,
@@ -26,9 +22,7 @@ from paddlemix.processors.internvl2.image import (
     target_grids,
     to_pixels,
 )
-from paddlemix.processors.internvl2.video import sample_frames
-
-from .records import VIDEO_PLACEHOLDER
+from paddlemix.processors.video import sample_frames
 
 JPEG_QUALITIES = (75, 100)
 _LARGEST_JPEG = 65500  # pixels a side

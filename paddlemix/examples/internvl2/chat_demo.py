@@ -30,7 +30,7 @@ def load_pictures(paths, config, max_num=None):
     """
     import numpy as np
 
-    from paddlemix.processors.internvl2.image import load_image
+    from paddlemix.processors.image import load_image
 
     tiles = [
         load_image(
@@ -67,8 +67,8 @@ def check_drawing(paths, output):
 
 def save_boxes(session, path, output):
     """Draw the boxes of the last answer on the picture ``path`` and save it as ``output``, whole or not at all."""
-    from paddlemix.processors.internvl2.boxes import draw_boxes, parse_boxes
-    from paddlemix.processors.internvl2.image import open_image
+    from paddlemix.processors.boxes import draw_boxes, parse_boxes
+    from paddlemix.processors.image import open_image
 
     picture = open_image(path)
     boxes = parse_boxes(session.marked_answer, *picture.size)

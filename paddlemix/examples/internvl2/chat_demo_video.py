@@ -28,7 +28,7 @@ def load_frames(paths, config, args):
     """
     import numpy as np
 
-    from paddlemix.processors.internvl2.video import frame_prefix, load_video
+    from paddlemix.processors.video import frame_prefix, load_video
 
     bound = None
     if args.start is not None or args.end is not None:

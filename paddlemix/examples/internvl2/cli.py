@@ -63,8 +63,8 @@ def run(args, text, paths, attach, finish=None):
         finish: called with the session after the first answer.
     """
     from paddlemix import device
+    from paddlemix.checkpoints.hub import resolve
     from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
-    from paddlemix.models.internvl2.hub import resolve
 
     device.set_device(args.device)
     directory = resolve(args.model_name_or_path)

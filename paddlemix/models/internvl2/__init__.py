@@ -3,13 +3,13 @@
 import importlib
 
 _HOME = {
-    "ChatSession": "chat",
-    "GenerationConfig": "generation",
-    "InternVLChatConfig": "configuration",
-    "InternVLChatModel": "modeling",
-    "encode_conversations": "conversation",
-    "get_template": "conversation",
-    "load_tokenizer": "tokenization",
+    "ChatSession": "paddlemix.models.blocks.chat",
+    "GenerationConfig": "paddlemix.models.blocks.generation",
+    "InternVLChatConfig": "paddlemix.models.internvl2.configuration",
+    "InternVLChatModel": "paddlemix.models.internvl2.modeling",
+    "encode_conversations": "paddlemix.models.blocks.conversation",
+    "get_template": "paddlemix.models.internvl2.conversation",
+    "load_tokenizer": "paddlemix.tokenizers.loading",
 }
 __all__ = sorted(_HOME)
 
@@ -17,4 +17,4 @@ __all__ = sorted(_HOME)
 def __getattr__(name):
     if name not in _HOME:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

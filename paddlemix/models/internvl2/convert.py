@@ -10,12 +10,14 @@ import shutil
 
 from tqdm import tqdm
 
+from paddlemix.checkpoints.checkpoint import LAYOUTS, Checkpoint, convert_checkpoint
+from paddlemix.checkpoints.files import INDEX_FILES
+from paddlemix.checkpoints.hub import resolve
+from paddlemix.checkpoints.safetensors_files import parse_size
+from paddlemix.checkpoints.tensors import ARRAY_DTYPES, DTYPES
 from paddlemix.errors import CheckpointError, command_main
 
-from .checkpoint import LAYOUTS, Checkpoint, convert_checkpoint
 from .configuration import InternVLChatConfig
-from .hub import resolve
-from .weight_files import ARRAY_DTYPES, DTYPES, INDEX_FILES, parse_size
 
 # Configuration, tokenizer, generation settings, and the original's code, which other engines may want beside config.json.
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md")

@@ -7,14 +7,17 @@ import argparse
 import dataclasses
 import os
 
+from paddlemix.checkpoints.checkpoint import Checkpoint
+from paddlemix.checkpoints.files import open_weight_file
+from paddlemix.checkpoints.hub import resolve
+from paddlemix.checkpoints.safetensors_files import OutgoingTensor, write_safetensors
+from paddlemix.checkpoints.tensors import convert_dtype
 from paddlemix.errors import CheckpointError, command_main
+from paddlemix.models.blocks.adapters import SCALE, adapter_names
 
-from .adapters import SCALE, adapter_names
-from .checkpoint import Checkpoint, weight_table
+from .checkpoint import weight_table
 from .configuration import InternVLChatConfig
 from .convert import copy_small_files
-from .hub import resolve
-from .weight_files import OutgoingTensor, convert_dtype, open_weight_file, write_safetensors
 
 
 def merge(source, target, max_shard_size="5GB"):

@@ -1,77 +1,37 @@
 """InternVLChatModel: pictures and text in, text or a loss out."""
 
 import hashlib
-import math
 import os
-from dataclasses import dataclass
 
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.nn import functional as F
 
+from paddlemix.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from paddlemix.checkpoints.hub import resolve
 from paddlemix.errors import ConfigError, PromptError
+from paddlemix.models.blocks.chat import ChatSession, batch_chat
+from paddlemix.models.blocks.engine import choose, fuse
+from paddlemix.models.blocks.generation import GenerationConfig, generate_tokens
+from paddlemix.models.blocks.language import LanguageModel
+from paddlemix.models.blocks.layers import AttentionMask, count_parameters, take_rows
+from paddlemix.models.blocks.lora import add_adapters, merge_lora
+from paddlemix.models.blocks.losses import CausalLMOutput, causal_loss, chunked_causal_loss
+from paddlemix.models.blocks.projector import Projector, pixel_shuffle
+from paddlemix.models.blocks.vision import InternVisionModel
 
-from .chat import ChatSession, batch_chat
-from .checkpoint import load_checkpoint, save_checkpoint
 from .configuration import InternVLChatConfig
 from .conversation import IMG_CONTEXT, get_template
-from .engine import choose, fuse
-from .generation import GenerationConfig, generate_tokens
-from .hub import resolve
-from .language import LanguageModel
-from .layers import AttentionMask, LayerNorm, Linear, take_rows
-from .lora import add_adapters, merge_lora
-from .vision import InternVisionModel
 
-
-@dataclass
-class CausalLMOutput:
-    """What :meth:`InternVLChatModel.forward` returns.
-
-    Attributes:
-        loss: a scalar, or None without labels.
-        hidden: the decoder's last hidden states, ``[B, N, D]``.
-        head: the layer that turns them into logits.
-    """
-
-    loss: paddle.Tensor | None
-    hidden: paddle.Tensor
-    head: nn.Layer
-
-    @property
-    def logits(self):
-        """``[B, N, V]``, computed when asked for: training needs the loss alone, and they are larger than all else."""
-        return self.head(self.hidden)
-
-
-class Projector(nn.Sequential):
-    """LayerNorm, linear, GELU, linear: from ``4 * D_vision`` to the language model's width.
-
-    The members are numbered as in published checkpoints, where 2 is the activation.
-    """
-
-    def __init__(self, size_in, size_out):
-        super().__init__()
-        self.add_sublayer("0", LayerNorm(size_in, 1e-5))
-        self.add_sublayer("1", Linear(size_in, size_out))
-        self.add_sublayer("3", Linear(size_out, size_out))
-
-    def forward(self, x):
-        """``[..., 4 * D_vision] -> [..., D]``."""
-        return self["3"](self["1"](self["0"](x), gelu=True))
-
-
-def pixel_shuffle(x, factor, version="v2"):
-    """Trade resolution for depth: ``[T, rows, columns, D] -> [T, rows * factor, columns * factor, D / factor**2]``.
-
-    Version v1 leaves rows and columns of the result swapped, and the oldest checkpoints were trained that way.
-    """
-    tiles, rows, columns, width = x.shape
-    x = x.reshape([tiles, rows, int(columns * factor), int(width / factor)])
-    x = x.transpose([0, 2, 1, 3])
-    x = x.reshape([tiles, int(columns * factor), int(rows * factor), int(width / factor**2)])
-    return x if version == "v1" else x.transpose([0, 2, 1, 3])
+__all__ = [
+    "CausalLMOutput",
+    "InternVLChatModel",
+    "Projector",
+    "causal_loss",
+    "chunked_causal_loss",
+    "count_parameters",
+    "pixel_shuffle",
+]
 
 
 class InternVLChatModel(nn.Layer):
@@ -367,54 +327,3 @@ class InternVLChatModel(nn.Layer):
                 f"the tokenizer's {IMG_CONTEXT} is {self.img_context_token_id}, beyond the model's vocabulary of "
                 f"{self.config.llm_config.vocab_size}: tokenizer files and weights are of different models"
             )
-
-
-def causal_loss(logits, labels):
-    """Mean cross entropy of ``logits [B, N, V]`` against the next position's ``labels [B, N]``, -100 ignored."""
-    return chunked_causal_loss(lambda x: x, logits, labels)
-
-
-def chunked_causal_loss(head, hidden, labels, weight=None, chunk=512):
-    """Mean cross entropy over the labelled tokens, with no more than a part of the logits in memory.
-
-    Logits are computed for labelled positions alone, and again when gradients are: the answers are a small part of most
-    samples, and their logits in float32 would be larger than all else that is kept.
-
-    Args:
-        head: a layer that turns ``[M, D]`` into logits ``[M, V]``.
-        hidden: ``[B, N, D]``.
-        labels: ``[B, N]`` integers, -100 where nothing is learned; position ``n`` is predicted from ``hidden[:, n - 1]``.
-        weight: ``[B, N]``, how much each label counts; None for all alike.
-        chunk: labelled positions whose logits are in memory at once: 300 MB for a vocabulary of 150,000.
-
-    Returns:
-        A float32 scalar: ``sum(weight * loss) / sum(weight)`` over labelled tokens, or 0 where none is labelled. Written
-        out because Paddle 3.3's own mean divides by ignored tokens too.
-    """
-    labels = np.asarray(labels)
-    places = np.flatnonzero(labels[:, 1:] >= 0)
-    rows, columns = np.divmod(places, labels.shape[1] - 1)
-    targets = labels[rows, columns + 1].astype("int64")
-    weight = np.ones(len(places), "float32") if weight is None else np.asarray(weight, "float32")[rows, columns + 1]
-    if not weight.sum():
-        return hidden.sum().astype("float32") * 0  # still reaches the parameters, as every rank must
-    flat = take_rows(hidden.reshape([-1, hidden.shape[-1]]), rows * labels.shape[1] + columns)
-
-    def part(x, target, share):
-        losses = F.cross_entropy(head(x).astype("float32"), target, reduction="none").squeeze(-1)
-        return (losses * share).sum()
-
-    share = paddle.to_tensor(weight / weight.sum())
-    targets = paddle.to_tensor(targets).unsqueeze(-1)
-    # Paddle's kernel for CPU gives a finite cross entropy of logits that are NaN, as if all were alike.
-    total = flat.astype("float32").sum() * 0
-    for at in range(0, len(places), chunk):
-        inputs = flat[at : at + chunk], targets[at : at + chunk], share[at : at + chunk]
-        keep = len(places) <= chunk or not paddle.is_grad_enabled()
-        total += part(*inputs) if keep else paddle.distributed.fleet.utils.recompute(part, *inputs, use_reentrant=False)
-    return total
-
-
-def count_parameters(layer):
-    """Number of parameters of ``layer``."""
-    return sum(math.prod(p.shape) for p in layer.parameters())

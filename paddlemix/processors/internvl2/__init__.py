@@ -1,6 +1,6 @@
 """Pictures and videos to pixel arrays for the InternVL family."""
 
-from paddlemix.processors.internvl2.image import (
+from paddlemix.processors.image import (
     NORMALIZATION,
     dynamic_preprocess,
     find_closest_aspect_ratio,
@@ -9,7 +9,7 @@ from paddlemix.processors.internvl2.image import (
     target_grids,
     to_pixels,
 )
-from paddlemix.processors.internvl2.video import frame_prefix, get_index, load_video, sample_frames
+from paddlemix.processors.video import frame_prefix, get_index, load_video, sample_frames
 
 __all__ = [
     "NORMALIZATION",

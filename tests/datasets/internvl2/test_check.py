@@ -10,7 +10,7 @@ from PIL import Image
 
 from paddlemix.datasets.internvl2 import check
 from tests.conftest import REFERENCE
-from tests.datasets.internvl2.helpers import make_dataset, picture_record, talk, write_meta
+from tests.datasets.helpers import make_dataset, picture_record, talk, write_meta
 
 CHECKPOINT = str(REFERENCE / "qwen2" / "checkpoint")
 

@@ -36,9 +36,9 @@ def accuracy(directory, meta_path, device="cpu", batch=50):
     import numpy as np
 
     from paddlemix import device as devices
-    from paddlemix.datasets.internvl2.records import read_meta
+    from paddlemix.datasets.records import read_meta
     from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
-    from paddlemix.processors.internvl2.image import load_image
+    from paddlemix.processors.image import load_image
 
     devices.set_device(device)
     model, tokenizer = InternVLChatModel.from_pretrained(directory), load_tokenizer(directory)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from paddlemix.datasets.internvl2.records import read_meta
+from paddlemix.datasets.records import read_meta
 from paddlemix.errors import DataError, command_main
 
 BATCH = 32  # questions that are asked at once
@@ -50,7 +50,7 @@ def is_right(task, answer, truth):
 
 
 def _boxes(text):
-    from paddlemix.processors.internvl2.boxes import parse_boxes
+    from paddlemix.processors.boxes import parse_boxes
 
     return [(box.x1, box.y1, box.x2, box.y2) for box in parse_boxes(text, 1000, 1000)]
 
@@ -77,7 +77,7 @@ def evaluate(directory, meta_paths, limit=None, device="cpu"):
     """
     from paddlemix import device as devices
     from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
-    from paddlemix.processors.internvl2.image import load_image
+    from paddlemix.processors.image import load_image
 
     devices.set_device(device)
     model, tokenizer = InternVLChatModel.from_pretrained(directory), load_tokenizer(directory)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from paddlemix.models.internvl2.conversation import IMAGE_PLACEHOLDER
+from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER
 
 from . import scenes
 from .scenes import COLORS, SEEN, SHAPES

@@ -1,0 +1,113 @@
+"""Tensors in files: their dtypes, and reading them block by block.
+
+Arrays are NumPy's; bfloat16, which NumPy lacks, travels as its bits in ``uint16``.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from paddlemix.errors import CheckpointError
+
+# What a tensor of each supported dtype is held in.
+ARRAY_DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
+DTYPES = tuple(ARRAY_DTYPES)
+
+_BLOCK_BYTES = 1 << 18  # a block and its transpose stay in the second-level cache
+_BLOCK_ROWS = 64  # fewer rows would write less than a cache line at a time when a block is transposed
+
+
+def convert_dtype(array, source, target):
+    """Values of ``array``, which holds dtype ``source``, as dtype ``target``; ties round to even.
+
+    Args:
+        array: any shape; ``uint16`` bits where ``source`` is ``bfloat16``.
+        source, target: names in :data:`DTYPES`.
+
+    Raises:
+        OverflowError: a finite value is beyond what float16 can hold.
+    """
+    if source == target:
+        return array
+    if source == "bfloat16":
+        array = (array.astype(np.uint32) << 16).view(np.float32)
+    elif source == "float16":
+        array = array.astype(np.float32)
+    if target == "float32":
+        return array
+    if target == "float16":
+        try:
+            with np.errstate(over="raise"):
+                return array.astype(np.float16)
+        except FloatingPointError:
+            raise OverflowError("a value is beyond the range of float16") from None
+    bits = np.ascontiguousarray(array).view(np.uint32)
+    rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
+    # Rounding carries the bits of some NaNs into infinity: keep them NaN by setting the quiet bit.
+    return np.where(np.isnan(array), ((bits >> 16) | 0x40).astype(np.uint16), rounded)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in an open file.
+
+    ``dtype`` is a name in :data:`DTYPES`, or the file's own word for a dtype that is not supported and cannot be read;
+    ``read(start, stop)`` returns rows as an array; ``block_rows`` is how many of them to ask for at a time.
+    """
+
+    dtype: str
+    shape: tuple
+    read: Callable[[int, int], np.ndarray]
+    block_rows: int
+
+    def blocks(self):
+        """Yield ``(start, stop, rows)`` over the whole tensor."""
+        for start, stop in blocks(self.shape[0], self.block_rows):
+            yield start, stop, self.read(start, stop)
+
+
+def blocks(rows, block_rows):
+    """Yield ``(start, stop)`` over ``rows`` rows."""
+    for start in range(0, rows, block_rows):
+        yield start, min(start + block_rows, rows)
+
+
+def rows_per_block(shape, itemsize):
+    """How many rows of a tensor of ``shape`` to handle at a time."""
+    return max(_BLOCK_ROWS, _BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+
+
+def pread(file, offset, shape, dtype):
+    """An array of ``shape`` from the bytes at ``offset``. Safe to call from several threads."""
+    array = np.empty(shape, dtype)
+    if not array.size:
+        return array
+    view, done = memoryview(array).cast("B"), 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done:]], offset + done)
+        if not count:
+            raise CheckpointError(f"{file.name} is cut short: download or copy it again")
+        done += count
+    return array
+
+
+def contiguous(file, dtype, shape, offset):
+    """A :class:`StoredTensor` whose rows lie one after the other from ``offset`` on."""
+    array_dtype = ARRAY_DTYPES.get(dtype)
+    itemsize = array_dtype.itemsize if array_dtype else 1
+
+    def read(start, stop):
+        row = math.prod(shape[1:]) * itemsize
+        return pread(file, offset + start * row, (stop - start, *shape[1:]), array_dtype)
+
+    return StoredTensor(dtype, shape, read, rows_per_block(shape, itemsize))
+
+
+def name_some(names, most=5):
+    """The first few of ``names`` for a message, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(str(name) for name in names[:most]) + more

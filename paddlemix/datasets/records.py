@@ -1,0 +1,299 @@
+"""Meta files and records: what a user's training data looks like on disk, and what may be wrong with it.
+
+A meta file names data sets; each has a folder of pictures and a JSON-lines file of records (docs/data.md). Records are found
+by their place in the file and parsed when they are asked for, so a million of them cost a few megabytes.
+"""
+
+import functools
+import json
+import os
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from paddlemix.errors import DataError
+from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT
+from paddlemix.processors.image import picture_formats
+
+VIDEO_PLACEHOLDER = "<video>"
+_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
+_ROLES = ("system", "human", "gpt")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation and the pictures or the video that it is about.
+
+    Attributes:
+        conversations: ``[{"from": ..., "value": ...}, ...]``.
+        images: paths of the pictures, possibly none.
+        video: path of a video file or a folder of frames, or None.
+        clip: (start, end) of the video in seconds, or None for all of it.
+        sizes: (width, height) of each picture in pixels where the record states them, else None.
+        length: tokens of the whole sample where the record states them, else None; only ever an estimate.
+    """
+
+    conversations: list
+    images: tuple = ()
+    video: str | None = None
+    clip: tuple | None = None
+    sizes: tuple | None = None
+    length: int | None = None
+
+
+class Source:
+    """One data set of a meta file: its records, in order, as often as ``repeat_time`` says.
+
+    Args:
+        name: of the data set.
+        root: folder that the paths of pictures and videos are relative to.
+        annotation: path of the JSON-lines file.
+        data_augment: whether pictures are re-encoded as JPEG of random quality.
+        repeat_time: below 1, the share of the records that is used, counted from the first; else a whole number of times
+            that each is used in an epoch.
+        length: how many records the meta file claims; informative.
+        max_dynamic_patch: bound on the tiles of a sample's pictures in place of the training's own; None for that.
+
+    Raises:
+        DataError: the file cannot be read or has no record.
+    """
+
+    def __init__(self, name, root, annotation, data_augment=False, repeat_time=1, length=None, max_dynamic_patch=None):
+        self.name, self.root, self.annotation = name, root, annotation
+        self.data_augment, self.max_dynamic_patch = data_augment, max_dynamic_patch
+        self.repeat_time, self.length = repeat_time, length
+        offsets, lines = _index_lines(annotation)
+        if repeat_time < 1:
+            offsets, lines = (x[: int(len(x) * repeat_time)] for x in (offsets, lines))
+        if not len(offsets):
+            share = f" of which repeat_time {repeat_time} leaves none" if repeat_time < 1 else ""
+            raise DataError(f"data set '{name}': {annotation} has too few records{share}: add some, or remove the data set")
+        self._offsets, self._lines = offsets, lines
+
+    @property
+    def num_records(self):
+        """Records in use, each counted once."""
+        return len(self._offsets)
+
+    def __len__(self):
+        return self.num_records * max(1, int(self.repeat_time))
+
+    def line(self, index):
+        """Line number of a record in the file, from 1."""
+        return int(self._lines[index % self.num_records])
+
+    def place(self, index):
+        """Where a record stands, ``file:line``."""
+        return f"{self.annotation}:{self.line(index)}"
+
+    def read(self, index):
+        """The :class:`Record` of that index.
+
+        Raises:
+            DataError: it is not valid JSON or not a usable record; the message says why, but not where: see :meth:`place`.
+        """
+        with open(self.annotation, "rb") as file:
+            file.seek(self._offsets[index % self.num_records])
+            line = file.readline()
+        return parse_record(line, self.root)
+
+
+def read_meta(path):
+    """The data sets of a meta file: ``{name: {"root": ..., "annotation": ..., ...}, ...}``.
+
+    Relative paths are taken from the working directory, as in the original, and where nothing is there, from the folder of
+    the meta file.
+
+    Returns:
+        List of :class:`Source`.
+
+    Raises:
+        DataError: the file is missing, is not JSON, or an entry of it is wrong.
+    """
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            meta = json.load(file, object_pairs_hook=functools.partial(_unique_keys, path))
+    except OSError as error:
+        raise DataError(f"meta file {path} cannot be read ({error.strerror}): check the path") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"meta file {path} is not valid JSON ({error})") from None
+    if not isinstance(meta, dict) or not meta:
+        raise DataError(f"meta file {path} must hold an object that names at least one data set")
+    return [_source(name, entry, path) for name, entry in meta.items()]
+
+
+def parse_record(line, root=""):
+    """Read one line of a JSON-lines file.
+
+    Args:
+        line: bytes.
+        root: folder that the record's paths are relative to.
+
+    Raises:
+        DataError: what is wrong, without saying where.
+    """
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 text ({error.reason} at byte {error.start}): save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"is not valid JSON ({error.msg} at column {error.colno}): write one object in each line") from None
+    except RecursionError:
+        raise DataError("is nested too deeply to be a record") from None
+    if b"\\ud" in line.lower():  # escapes of surrogates, which should come in pairs
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError("has half a surrogate pair, so that its text is not valid Unicode: repair it") from None
+    if not isinstance(record, dict):
+        raise DataError(f"holds {_describe(record)} where a record, a JSON object, should be: write one object in each line")
+
+    conversations = _conversations(record.get("conversations"))
+    images, video = _images(record.get("image")), record.get("video") or None
+    if video is not None and not isinstance(video, str):
+        raise DataError(f"'video' must be one path, not {_describe(video)}: a sample can hold one video")
+    if images and video:
+        raise DataError("has both 'image' and 'video': a sample can hold one kind, so make two records of it")
+    _check_marks(conversations, len(images), video is not None)
+    return Record(
+        conversations=conversations,
+        images=tuple(_path(root, image) for image in images),
+        video=video and _path(root, video),
+        clip=_clip(record.get("clip")) if video else None,
+        sizes=_sizes(record, len(images)),
+        length=record.get("length") if _is_count(record.get("length")) else None,
+    )
+
+
+def picture_size(path):
+    """(width, height) of a picture in pixels from its header alone, or None where that cannot be read."""
+    try:
+        with Image.open(path, formats=picture_formats()) as image:
+            return image.size
+    # A damaged header may raise anything; whoever loads the whole picture says what is wrong.
+    except Exception:
+        return None
+
+
+def _index_lines(path):
+    """Offsets and numbers of the lines of a file that are not blank, int64 arrays."""
+    offsets, lines, offset = [], [], 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    offsets.append(offset)
+                    lines.append(number)
+                offset += len(line)
+    except OSError as error:
+        raise DataError(f"annotation file {path} cannot be read ({error.strerror}): check the meta file") from None
+    return np.array(offsets, dtype=np.int64), np.array(lines, dtype=np.int64)
+
+
+def _unique_keys(path, pairs):
+    keys = [key for key, _ in pairs]
+    repeated = sorted({key for key in keys if keys.count(key) > 1})
+    if repeated:
+        raise DataError(f"meta file {path} has '{repeated[0]}' twice: the first one would be lost, so rename it")
+    return dict(pairs)
+
+
+def _source(name, entry, path):
+    where = f"data set '{name}' of meta file {path}"
+    if not isinstance(entry, dict):
+        raise DataError(f"{where} must be an object with 'root' and 'annotation', not {_describe(entry)}")
+    unknown = sorted(set(entry) - set(_KEYS))
+    if unknown:
+        raise DataError(f"{where} has an unknown key '{unknown[0]}': the keys are {', '.join(_KEYS)}")
+    annotation, root = entry.get("annotation"), entry.get("root", "")
+    if not isinstance(annotation, str) or not annotation.endswith(".jsonl"):
+        raise DataError(f"{where} needs an 'annotation' that ends in .jsonl, not {_describe(annotation)}")
+    if not isinstance(root, str):
+        raise DataError(f"{where}: 'root' must be the path of a folder, not {_describe(root)}")
+    augment = entry.get("data_augment", False)
+    if not isinstance(augment, bool):
+        raise DataError(f"{where}: 'data_augment' must be true or false, not {_describe(augment)}")
+    repeat = entry.get("repeat_time", 1)
+    if isinstance(repeat, bool) or not isinstance(repeat, (int, float)) or not repeat > 0 or (repeat > 1 and repeat % 1):
+        raise DataError(
+            f"{where}: 'repeat_time' must be a whole number, or between 0 and 1 for a part of the records, "
+            f"not {_describe(repeat)}"
+        )
+    patches = entry.get("max_dynamic_patch")
+    if patches is not None and not _is_count(patches):
+        raise DataError(f"{where}: 'max_dynamic_patch' must be a positive whole number, not {_describe(patches)}")
+    folder = os.path.dirname(os.path.abspath(path))
+    annotation, root = (_resolve(p, folder) for p in (annotation, root))
+    return Source(name, root, annotation, augment, repeat, entry.get("length"), patches)
+
+
+def _resolve(path, folder):
+    beside = os.path.join(folder, path)
+    return beside if not os.path.exists(path) and os.path.exists(beside) else path
+
+
+def _conversations(turns):
+    if not isinstance(turns, list) or not turns:
+        raise DataError("needs 'conversations', a list of turns with 'from' and 'value'")
+    for i, turn in enumerate(turns):
+        if not isinstance(turn, dict) or turn.get("from") not in _ROLES or not isinstance(turn.get("value"), str):
+            raise DataError(f"turn {i + 1} must have 'from' (one of {', '.join(_ROLES)}) and 'value', a text")
+        if IMG_CONTEXT in turn["value"]:
+            raise DataError(f"turn {i + 1} contains the reserved token {IMG_CONTEXT}: write <image> where a picture goes")
+    if not any(turn["from"] == "gpt" and turn["value"].strip() for turn in turns):
+        raise DataError("has no answer to learn: every 'gpt' turn is missing or empty")
+    return turns
+
+
+def _images(images):
+    images = [images] if isinstance(images, str) and images else images or []
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        raise DataError("'image' must be a path or a list of paths")
+    return images
+
+
+def _check_marks(turns, images, video):
+    marks = sum(turn["value"].count(IMAGE_PLACEHOLDER) for turn in turns if turn["from"] == "human")
+    if video:
+        if marks:
+            raise DataError(f"has {IMAGE_PLACEHOLDER} but a video: mark the place of the video with {VIDEO_PLACEHOLDER}")
+        if sum(turn["value"].count(VIDEO_PLACEHOLDER) for turn in turns if turn["from"] == "human") > 1:
+            raise DataError(f"has {VIDEO_PLACEHOLDER} more than once: a sample can hold one video")
+    elif marks != images and not (images == 1 and marks == 0):
+        raise DataError(
+            f"has {marks} {IMAGE_PLACEHOLDER} mark(s) but {images} picture(s): write one {IMAGE_PLACEHOLDER} for each picture"
+        )
+
+
+def _path(root, path):
+    if "://" in path:
+        raise DataError(f"'{path}' is not on this machine: download it and give its path")
+    return os.path.join(root, path)
+
+
+def _clip(clip):
+    if clip is None:
+        return None
+    numbers = isinstance(clip, list) and len(clip) == 2 and all(type(x) in (int, float) for x in clip)
+    if not numbers or not 0 <= clip[0] < clip[1]:
+        raise DataError(f"'clip' must be [start, end] in seconds with 0 <= start < end, not {_describe(clip)}")
+    return tuple(clip)
+
+
+def _sizes(record, images):
+    """Sizes where they are stated for every picture; they only save reading headers, so other forms are passed over."""
+    widths, heights = (record.get(key + "_list", record.get(key)) for key in ("width", "height"))
+    widths, heights = (x if isinstance(x, list) else [x] for x in (widths, heights))
+    if not len(widths) == len(heights) == images or not all(map(_is_count, widths + heights)):
+        return None
+    return tuple(zip(widths, heights))
+
+
+def _is_count(value):
+    return type(value) is int and value > 0
+
+
+def _describe(value):
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,139 @@
+"""Prompt templates. The prompt that the model sees and the labels that it is trained on come from the same code.
+
+A template turns a conversation into rounds; a round is the text up to where the assistant speaks, and what it says.
+Chatting ends with an open round; training learns the answers of closed ones. Texts follow the published models, to the
+letter: a missing newline silently costs accuracy.
+"""
+
+from dataclasses import dataclass, replace
+
+from paddlemix.errors import PromptError
+
+IMAGE_PLACEHOLDER = "<image>"
+IMG_START, IMG_CONTEXT, IMG_END = "<img>", "<IMG_CONTEXT>", "</img>"
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a model writes a conversation.
+
+    Attributes:
+        name: the name in a checkpoint's ``config.json``.
+        system_message: who the model is told to be.
+        system: text with ``{}`` for the system message, its end included.
+        user: text before and after what the user says.
+        assistant: text before what the assistant says; a prompt ends with it.
+        end: text after what the assistant says; its first token ends an answer.
+        lead: text that begins what the assistant says.
+        strip: whether messages are stripped of white space, as this model was trained.
+    """
+
+    name: str
+    system_message: str
+    system: str
+    user: tuple
+    assistant: str
+    end: str
+    lead: str = ""
+    strip: bool = False
+
+    @property
+    def stop(self):
+        """The token that ends an answer."""
+        return self.end.strip()
+
+    def with_system_message(self, message):
+        """The same template telling the model to be somebody else; None keeps it as it is."""
+        return self if message is None else replace(self, system_message=message)
+
+    def rounds(self, turns):
+        """Write ``turns``, a list of (question, answer) whose last answer may be None, as (before answer, answer) texts."""
+        clean = str.strip if self.strip else str
+        written, before = [], self.system.format(self.system_message)
+        for question, answer in turns:
+            before += self.user[0] + clean(question) + self.user[1] + self.assistant
+            written.append((before, None if answer is None else self.lead + clean(answer) + self.end))
+            before = ""
+        return written
+
+    def prompt(self, question, history=()):
+        """The text that asks ``question`` after ``history``, a list of (question, answer)."""
+        rounds = self.rounds([*history, (question, None)])
+        return "".join(before + (answer or "") for before, answer in rounds)
+
+
+def insert_image_tokens(texts, image_token_counts):
+    """Replace the ``<image>`` marks of ``texts``, in order, by as many context tokens as each picture has.
+
+    Args:
+        texts: the user's messages of a conversation, first to last.
+        image_token_counts: tokens of each picture, in the order of the marks.
+
+    Returns:
+        The messages with ``<img><IMG_CONTEXT>...</img>`` in place of the marks.
+
+    Raises:
+        PromptError: more or fewer marks than pictures, or a literal context token in a message.
+    """
+    marks = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if marks != len(image_token_counts):
+        raise PromptError(
+            f"the conversation has {marks} {IMAGE_PLACEHOLDER} mark(s) but {len(image_token_counts)} picture(s): "
+            f"write one {IMAGE_PLACEHOLDER} for each picture"
+        )
+    if any(IMG_CONTEXT in text for text in texts):
+        raise PromptError(
+            f"a message contains the reserved token {IMG_CONTEXT}: write {IMAGE_PLACEHOLDER} where a picture goes"
+        )
+    counts = iter(image_token_counts)
+    out = []
+    for text in texts:
+        head, *rest = text.split(IMAGE_PLACEHOLDER)
+        out.append(head + "".join(IMG_START + IMG_CONTEXT * next(counts) + IMG_END + part for part in rest))
+    return out
+
+
+def encode_conversations(conversations, tokenizer, template, image_token_counts=()):
+    """Token ids and labels of a training sample.
+
+    Args:
+        conversations: ``[{"from": "system" | "human" | "gpt", "value": text}, ...]``: an optional system turn, then
+            questions and answers in turn. A ``gpt`` turn before the first question is dropped.
+        tokenizer: of the checkpoint that is trained.
+        template: a :class:`Template`.
+        image_token_counts: tokens of each picture, in the order of the ``<image>`` marks.
+
+    Returns:
+        ``(input_ids, labels)``, lists of equal length. Labels are those of the answers and of the token that ends each;
+        everything else is -100.
+
+    Raises:
+        PromptError: the turns do not alternate, there is no answer, or marks and pictures differ in number.
+    """
+    turns = list(conversations)
+    if turns and turns[0]["from"] == "system":
+        template = template.with_system_message(turns.pop(0)["value"])
+    while turns and turns[0]["from"] != "human":
+        turns.pop(0)
+    for i, turn in enumerate(turns):
+        expected = ("human", "gpt")[i % 2]
+        if turn["from"] != expected:
+            raise PromptError(f"turn {i + 1} of the conversation is from '{turn['from']}' where '{expected}' should speak")
+    if len(turns) < 2:
+        raise PromptError("the conversation has no answer to learn: it needs a 'human' turn followed by a 'gpt' turn")
+    questions = insert_image_tokens([t["value"] for t in turns[0::2]], image_token_counts)
+    answers = [t["value"] for t in turns[1::2]]  # a last question without an answer is of no use
+
+    stop = tokenizer.convert_tokens_to_ids(template.stop)
+    input_ids, labels = [], []
+    # Every answer ends in a special token, so a round can be tokenised by itself and gives the ids it has in the whole.
+    for i, (before, answer) in enumerate(template.rounds(zip(questions, answers))):
+        first = i == 0
+        ids = tokenizer.encode(before + answer, add_special_tokens=first)
+        header = tokenizer.encode(before, add_special_tokens=first)
+        start = next((k for k, (a, b) in enumerate(zip(ids, header)) if a != b), len(header))
+        end = len(ids) - ids[::-1].index(stop)
+        input_ids += ids
+        labels += [IGNORE_INDEX] * start + ids[start:end] + [IGNORE_INDEX] * (len(ids) - end)
+    return input_ids, labels

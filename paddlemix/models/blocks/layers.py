@@ -1,0 +1,231 @@
+"""The building blocks that vision and language share: linear, norms, rotary positions, attention.
+
+Each function picks the kernel for the device and dtype at hand, so that a model's ``forward`` reads the same everywhere.
+Tensor shapes in comments: B batch, N queries, S keys, H query heads, K key/value heads, D head width.
+"""
+
+import math
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+from paddle.nn.functional import swiglu
+
+from paddlemix.kernels import fused, gemm
+
+__all__ = [
+    "AttentionMask",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "apply_rope",
+    "attention",
+    "count_parameters",
+    "swiglu",
+    "take_rows",
+]
+
+
+class Linear(nn.Linear):
+    """``residual + scale * activation(x @ weight + bias)``: what follows the product is part of the call, in one place.
+
+    ``weight`` is ``[in, out]`` as everywhere in Paddle.
+    """
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__(in_features, out_features, bias_attr=None if bias else False)
+
+    def forward(self, x, gelu=False, scale=None, residual=None):
+        """``x [..., in] -> [..., out]``; ``scale [out]`` and ``residual [..., out]`` are optional."""
+        suits = gemm.suits(math.prod(x.shape) * self.weight.shape[1], x, self.weight)
+        y = (gemm.linear if suits else F.linear)(x, self.weight, self.bias)
+        if gelu:
+            y = gemm.gelu(y) if suits and y.stop_gradient else F.gelu(y)
+        if scale is not None:
+            y = y * scale
+        return y if residual is None else residual + y
+
+
+class RMSNorm(nn.Layer):
+    """Root-mean-square norm over the last axis, computed in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = self.create_parameter([size], default_initializer=nn.initializer.Constant(1.0))
+        self.eps = eps
+
+    def forward(self, x):
+        kernel = fused.choose("norm", x.dtype)
+        if kernel != "plain" and x.dtype == self.weight.dtype:
+            return fused.rms_norm(kernel, x, self.weight, self.eps)
+        # Composed from operators that every backend has: F.rms_norm has no CPU kernel and is export-only on NPU.
+        y = x.astype("float32")
+        y = y * paddle.rsqrt(paddle.mean(paddle.square(y), axis=-1, keepdim=True) + self.eps)
+        return y.astype(x.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm over the last axis."""
+
+    def __init__(self, size, eps):
+        super().__init__(size, epsilon=eps)
+
+
+def apply_rope(x, cos, sin):
+    """Rotate ``x [B, N, H, D]`` by tables ``cos, sin [B or 1, N, 1, D]`` float32, the first half of ``sin`` negated.
+
+    The half-split form of arXiv 2104.09864 that all the language families use. Written with a swap and an addition
+    because subtraction has no bfloat16 kernel on Ascend.
+    """
+    half = x.shape[-1] // 2
+    kernel = fused.choose("rope", x.dtype)
+    if kernel != "plain" and cos.shape[0] == 1 and half % 32 == 0:
+        return fused.rope(kernel, x, cos, sin)
+    swapped = paddle.concat([x[..., half:], x[..., :half]], axis=-1)
+    return (x.astype("float32") * cos + swapped.astype("float32") * sin).astype(x.dtype)
+
+
+def take_rows(x, rows):
+    """The entries of ``x [M, ...]`` numbered ``rows [R]``, a list or an array -> ``[R, ...]``.
+
+    By ``embedding``, the one lookup that every backend has natively in every dtype, with its gradient.
+    """
+    taken = F.embedding(paddle.to_tensor(np.asarray(rows, dtype="int64")), x.reshape([x.shape[0], -1]))
+    return taken.reshape([-1, *x.shape[1:]])
+
+
+class AttentionMask:
+    """Which keys a query may see: those up to its own position, from its row's start, within its own segment.
+
+    Args:
+        starts: first visible key of each row, ``[B]`` integers, for left-padded batches; None when every row starts at 0.
+        segments: ``[B, S]`` integers for packed rows; tokens see only tokens of the same number.
+    """
+
+    def __init__(self, starts=None, segments=None):
+        self.starts = None if starts is None or not np.any(starts) else np.asarray(starts)
+        self.segments = None if segments is None else np.asarray(segments)
+        self._kept = {}  # the layers of one forward pass share their masks
+
+    @classmethod
+    def from_padding(cls, attention_mask):
+        """Read ``attention_mask [B, S]`` of ones and zeros with padding on either side, not in the middle.
+
+        Padding on the right needs no mask, because a causal query never looks that way.
+        """
+        mask = np.asarray(attention_mask).astype(bool)
+        starts = np.where(mask.any(1), mask.argmax(1), 0)
+        ends = mask.shape[1] - mask[:, ::-1].argmax(1)
+        if (np.where(mask.any(1), ends - starts, 0) != mask.sum(1)).any():
+            raise ValueError("attention_mask has zeros between ones: pad rows on the left or on the right only")
+        return cls(starts)
+
+    @property
+    def is_plain_causal(self):
+        """Whether nothing but the causal order restricts attention."""
+        return self.starts is None and self.segments is None
+
+    def _keep(self, form, queries, keys, make):
+        if self._kept.get(form, (None,))[0] != (queries, keys):
+            self._kept[form] = (queries, keys), paddle.to_tensor(make())
+        return self._kept[form][1]
+
+    def _allowed(self, queries, keys):
+        """Which of ``keys`` positions the last ``queries`` see, ``[B or 1, 1, queries, keys]`` bool."""
+        key = np.arange(keys)
+        query = np.arange(keys - queries, keys)
+        allowed = (key[None, :] <= query[:, None])[None]
+        if self.starts is not None:
+            # A padding query keeps itself visible: a row of nothing but -inf has no softmax.
+            visible = key[None, None, :] >= self.starts[:, None, None]
+            allowed = allowed & (visible | (key[None, :] == query[:, None])[None])
+        if self.segments is not None:
+            allowed = allowed & (self.segments[:, None, :keys] == self.segments[:, keys - queries : keys, None])
+        return allowed[:, None]
+
+    def bias(self, queries, keys):
+        """Additive mask ``[B or 1, 1, queries, keys]`` float32 for the last ``queries`` of ``keys`` positions."""
+        lowest = np.finfo(np.float32).min
+        return self._keep("bias", queries, keys, lambda: np.where(self._allowed(queries, keys), np.float32(0), lowest))
+
+    def hidden(self, queries, keys):
+        """The same as ``[B or 1, 1, queries, keys]`` bool, True for what is hidden."""
+        return self._keep("hidden", queries, keys, lambda: ~self._allowed(queries, keys))
+
+    def first_hidden(self, keys):
+        """For each of ``keys`` positions the first later one that does not see it, ``[B or 1, 1, keys, 1]`` int32.
+
+        Says the same as :meth:`bias` where the queries are all positions, a segment being one run of equal numbers.
+        """
+
+        def make():
+            ends = np.full([1, keys], keys)
+            if self.segments is not None:
+                segments = self.segments[:, :keys]
+                last = np.pad(segments[:, 1:] != segments[:, :-1], [(0, 0), (0, 1)], constant_values=True)
+                ends = np.minimum.accumulate(np.where(last, np.arange(1, keys + 1), keys)[:, ::-1], axis=1)[:, ::-1]
+            if self.starts is not None:  # what is before the start is seen by itself alone
+                ends = np.where(np.arange(keys) < self.starts[:, None], np.arange(1, keys + 1), ends)
+            return ends[:, None, :, None].astype("int32")
+
+        return self._keep("first_hidden", keys, keys, make)
+
+    def spans(self, batch, keys):
+        """Runs of positions that see each other, ``(row, start, stop)`` each; none for padding on the left.
+
+        Says the same as :meth:`bias` where the queries are all positions, a segment being one run of equal numbers.
+        """
+        starts = np.zeros(batch, int) if self.starts is None else self.starts
+        spans = []
+        for row in range(batch):
+            segments = np.zeros(keys) if self.segments is None else self.segments[row, :keys]
+            cuts = np.flatnonzero(segments[1:] != segments[:-1]) + 1
+            edges = [int(starts[row]), *(int(cut) for cut in cuts if cut > starts[row]), keys]
+            spans += [(row, *edge) for edge in zip(edges, edges[1:])]
+        return spans
+
+
+def attention(q, k, v, mask=None):
+    """Scaled dot-product attention with grouped queries.
+
+    Args:
+        q: ``[B, N, H, D]``.
+        k, v: ``[B, S, K, D]``, ``H`` a multiple of ``K``; the queries are the last ``N`` of the ``S`` positions.
+        mask: an :class:`AttentionMask`, or None for full attention.
+
+    Returns:
+        ``[B, N, H * D]`` in the dtype of ``q``.
+    """
+    batch, queries, heads, width = q.shape
+    keys = k.shape[1]
+    if mask is not None and queries == 1 and mask.is_plain_causal:
+        mask = None  # the last position sees all
+    kernel = fused.choose("attention", q.dtype)
+    out = None
+    if kernel != "plain" and queries > 1:  # one query is no work for a kernel that saves memory
+        out = fused.attention(kernel, q, k, v, mask)
+    if out is None and queries == keys and gemm.suits(math.prod(q.shape) * keys, q, k, v):
+        spans = (AttentionMask() if mask is None else mask).spans(batch, keys)
+        out = gemm.attention(q, k, v, spans, causal=mask is not None)
+    if out is None:
+        out = _plain_attention(q, k, v, None if mask is None else mask.bias(queries, keys))
+    return out.reshape([batch, queries, heads * width])
+
+
+def _plain_attention(q, k, v, bias):
+    """Attention from basic operators, softmax in float32; queries that share a key head go through one product."""
+    batch, queries, heads, width = q.shape
+    kv_heads = k.shape[2]
+    group = heads // kv_heads
+    q = (q * width**-0.5).transpose([0, 2, 1, 3]).reshape([batch, kv_heads, group * queries, width])
+    scores = paddle.matmul(q, k.transpose([0, 2, 3, 1])).astype("float32")  # [B, K, group * N, S]
+    if bias is not None:
+        scores = (scores.reshape([batch, kv_heads, group, queries, -1]) + bias.unsqueeze(1)).reshape(scores.shape)
+    out = paddle.matmul(F.softmax(scores, axis=-1).astype(v.dtype), v.transpose([0, 2, 1, 3]))
+    return out.reshape([batch, heads, queries, width]).transpose([0, 2, 1, 3])
+
+
+def count_parameters(layer):
+    """Number of parameters of ``layer``."""
+    return sum(math.prod(p.shape) for p in layer.parameters())

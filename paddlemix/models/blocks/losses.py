@@ -1,0 +1,76 @@
+"""What a causal language model returns in training, and its loss."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import nn
+from paddle.nn import functional as F
+
+from .layers import take_rows
+
+
+@dataclass
+class CausalLMOutput:
+    """What the ``forward`` of a chat model returns.
+
+    Attributes:
+        loss: a scalar, or None without labels.
+        hidden: the decoder's last hidden states, ``[B, N, D]``.
+        head: the layer that turns them into logits.
+    """
+
+    loss: paddle.Tensor | None
+    hidden: paddle.Tensor
+    head: nn.Layer
+
+    @property
+    def logits(self):
+        """``[B, N, V]``, computed when asked for: training needs the loss alone, and they are larger than all else."""
+        return self.head(self.hidden)
+
+
+def causal_loss(logits, labels):
+    """Mean cross entropy of ``logits [B, N, V]`` against the next position's ``labels [B, N]``, -100 ignored."""
+    return chunked_causal_loss(lambda x: x, logits, labels)
+
+
+def chunked_causal_loss(head, hidden, labels, weight=None, chunk=512):
+    """Mean cross entropy over the labelled tokens, with no more than a part of the logits in memory.
+
+    Logits are computed for labelled positions alone, and again when gradients are: the answers are a small part of most
+    samples, and their logits in float32 would be larger than all else that is kept.
+
+    Args:
+        head: a layer that turns ``[M, D]`` into logits ``[M, V]``.
+        hidden: ``[B, N, D]``.
+        labels: ``[B, N]`` integers, -100 where nothing is learned; position ``n`` is predicted from ``hidden[:, n - 1]``.
+        weight: ``[B, N]``, how much each label counts; None for all alike.
+        chunk: labelled positions whose logits are in memory at once: 300 MB for a vocabulary of 150,000.
+
+    Returns:
+        A float32 scalar: ``sum(weight * loss) / sum(weight)`` over labelled tokens, or 0 where none is labelled. Written
+        out because Paddle 3.3's own mean divides by ignored tokens too.
+    """
+    labels = np.asarray(labels)
+    places = np.flatnonzero(labels[:, 1:] >= 0)
+    rows, columns = np.divmod(places, labels.shape[1] - 1)
+    targets = labels[rows, columns + 1].astype("int64")
+    weight = np.ones(len(places), "float32") if weight is None else np.asarray(weight, "float32")[rows, columns + 1]
+    if not weight.sum():
+        return hidden.sum().astype("float32") * 0  # still reaches the parameters, as every rank must
+    flat = take_rows(hidden.reshape([-1, hidden.shape[-1]]), rows * labels.shape[1] + columns)
+
+    def part(x, target, share):
+        losses = F.cross_entropy(head(x).astype("float32"), target, reduction="none").squeeze(-1)
+        return (losses * share).sum()
+
+    share = paddle.to_tensor(weight / weight.sum())
+    targets = paddle.to_tensor(targets).unsqueeze(-1)
+    # Paddle's kernel for CPU gives a finite cross entropy of logits that are NaN, as if all were alike.
+    total = flat.astype("float32").sum() * 0
+    for at in range(0, len(places), chunk):
+        inputs = flat[at : at + chunk], targets[at : at + chunk], share[at : at + chunk]
+        keep = len(places) <= chunk or not paddle.is_grad_enabled()
+        total += part(*inputs) if keep else paddle.distributed.fleet.utils.recompute(part, *inputs, use_reentrant=False)
+    return total

@@ -1,0 +1,51 @@
+"""Boxes in answers."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paddlemix.processors.boxes import Box, draw_boxes, parse_boxes
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("<ref>the panda</ref><box>[[100, 200, 300, 400]]</box>", [Box("the panda", 20, 20, 60, 40)]),
+        (
+            "<ref>cat</ref><box>[[0, 0, 500, 500], [500, 500, 1000, 1000]]</box> and <ref>dog</ref><box>[[1, 2, 3, 4]]</box>",
+            [Box("cat", 0, 0, 100, 50), Box("cat", 100, 50, 200, 100), Box("dog", 0.2, 0.2, 0.6, 0.4)],
+        ),
+        ("the panda[[100, 200, 300, 400]]", [Box("the panda", 20, 20, 60, 40)]),  # decoded without special tokens
+        ("A cat[[0,0,500,500]], a dog[[500,500,1000,1000]].", [Box("A cat", 0, 0, 100, 50), Box("a dog", 100, 50, 200, 100)]),
+        ("[0.1, 0.2, 0.3, 0.4]", [Box("", 20, 20, 60, 40)]),
+        ("<ref>熊猫</ref><box>[[300, 400, 100, 200]]</box>", [Box("熊猫", 20, 20, 60, 40)]),  # corners the wrong way round
+        ("<ref>x</ref><box>[[-50, 0, 1200, 1000]]</box>", [Box("x", 0, 0, 200, 100)]),  # clipped to the picture
+        (
+            "<ref>a</ref><box>[[0, 0, 1, 1], [500, 500, 1000, 1000]]</box>",
+            [Box("a", 0, 0, 0.2, 0.1), Box("a", 100, 50, 200, 100)],
+        ),
+        ("<ref>one</ref> and <ref>two</ref><box>[[0, 0, 500, 500]]</box>", [Box("two", 0, 0, 100, 50)]),
+        ("<box>[[0, 0, 500, 500], [5, 6, 7]]</box>", [Box("", 0, 0, 100, 50)]),  # the second is not whole
+        ("<ref>x</ref><box>[[100 200 300 400]]</box>, <box>[[1, 2, 3]]</box>, [[nan, 1, 2, 3]]", []),
+        ("<ref>no box</ref>", []),
+        ("There is nothing of the kind in [this] picture.", []),
+        ("<ref>cut off</ref><box>[[100, 200, 300", []),
+        ("", []),
+    ],
+)
+def test_boxes_are_read(text, expected):
+    found = parse_boxes(text, 200, 100)
+    assert [box.name for box in found] == [box.name for box in expected]
+    for box, wanted in zip(found, expected):
+        assert (box.x1, box.y1, box.x2, box.y2) == pytest.approx((wanted.x1, wanted.y1, wanted.x2, wanted.y2))
+
+
+def test_boxes_are_drawn_where_they_are():
+    image = Image.new("L", (200, 100), 255)
+    drawn = np.asarray(draw_boxes(image, [Box("a", 50, 40, 150, 90)]))
+    assert drawn.shape == (100, 200, 3)
+    assert np.asarray(image).min() == 255  # the original is untouched
+    changed = (drawn != 255).any(-1)
+    assert changed[90, 50:151].all() and changed[40:91, 50].all()  # lower and left edge
+    assert not changed[60:80, 70:130].any()  # inside
+    assert not changed[95:, :].any()
