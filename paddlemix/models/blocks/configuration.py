@@ -8,6 +8,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from paddlemix.errors import ConfigError
+from paddlemix.models.blocks.validation import check_decoder, check_vision
+from paddlemix.validation import shown
 
 
 @dataclass
@@ -50,11 +52,7 @@ class VisionConfig(Config):
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        if self.norm_type not in ("rms_norm", "layer_norm"):
-            raise ConfigError(f"vision_config.norm_type is '{self.norm_type}': it must be rms_norm or layer_norm")
-        if self.hidden_act != "gelu":
-            raise ConfigError(f"vision_config.hidden_act is '{self.hidden_act}': only gelu is supported")
-        check_divides("vision_config", self.hidden_size, self.num_attention_heads)
+        check_vision(self)
 
     @property
     def head_dim(self):
@@ -141,22 +139,11 @@ class LanguageConfig(Config):
     def __post_init__(self):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.hidden_act != "silu":
-            raise ConfigError(f"llm_config.hidden_act is '{self.hidden_act}': only silu is supported")
-        if self.extra.get("head_dim", self.head_dim) != self.head_dim:
+        check_decoder(self)
+        if (self.extra.get("head_dim") or self.head_dim) != self.head_dim:
             raise ConfigError(
                 f"llm_config.head_dim is {self.extra['head_dim']}: only hidden_size / num_attention_heads "
                 f"({self.head_dim}) is supported"
-            )
-        check_divides("llm_config", self.hidden_size, self.num_attention_heads)
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ConfigError(
-                f"llm_config.num_attention_heads ({self.num_attention_heads}) is not a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
-        if self.rope_type not in ("default", "linear", "dynamic", "longrope"):
-            raise ConfigError(
-                f"llm_config.rope_scaling has type '{self.rope_type}': supported are linear, dynamic, su and longrope"
             )
 
     @classmethod
@@ -166,12 +153,12 @@ class LanguageConfig(Config):
         Raises:
             ConfigError: ``architectures`` is missing or names a language model that is not supported.
         """
-        family = (values.get("architectures") or [None])[0]
-        if family not in _LANGUAGE_DEFAULTS:
+        architectures = values.get("architectures")
+        if not (isinstance(architectures, list) and architectures and architectures[0] in [*_LANGUAGE_DEFAULTS]):
             raise ConfigError(
-                f"llm_config.architectures is {values.get('architectures')}: supported are {', '.join(_LANGUAGE_DEFAULTS)}"
+                f"llm_config.architectures is {shown(architectures)}: supported are {', '.join(_LANGUAGE_DEFAULTS)}"
             )
-        return cls._pick(values, _LANGUAGE_DEFAULTS[family])
+        return cls._pick(values, _LANGUAGE_DEFAULTS[architectures[0]])
 
     @property
     def family(self):

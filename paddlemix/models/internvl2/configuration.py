@@ -5,7 +5,9 @@ import os
 from dataclasses import dataclass
 
 from paddlemix.errors import ConfigError
+from paddlemix.files import read_json
 from paddlemix.models.blocks.configuration import Config, LanguageConfig, VisionConfig
+from paddlemix.models.blocks.validation import check_chat
 
 __all__ = ["TEMPLATES", "InternVLChatConfig", "LanguageConfig", "VisionConfig"]
 
@@ -33,14 +35,7 @@ class InternVLChatConfig(Config):
     system_message: str | None = None
 
     def __post_init__(self):
-        if self.template is not None and self.template not in TEMPLATES:
-            raise ConfigError(f"template is '{self.template}': supported are {', '.join(TEMPLATES)}")
-        if self.ps_version not in ("v1", "v2"):
-            raise ConfigError(f"ps_version is '{self.ps_version}': it must be v1 or v2")
-        # The depth that the feature layer names counts from the embedding (0) to the last block.
-        depth = self.vision_config.num_hidden_layers
-        if not -depth - 1 <= self.select_layer <= depth:
-            raise ConfigError(f"select_layer is {self.select_layer}, but the vision model has {depth} layers")
+        check_chat(self, TEMPLATES)
 
     @classmethod
     def from_dict(cls, values):
@@ -65,21 +60,11 @@ class InternVLChatConfig(Config):
             ConfigError: the file is missing, is not JSON, or describes something that is not supported.
         """
         path = os.path.join(directory, "config.json")
-        try:
-            with open(path, encoding="utf-8") as file:
-                values = json.load(file)
-        except FileNotFoundError:
-            raise ConfigError(f"{path} does not exist: a checkpoint directory needs its config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid JSON ({error}): download or copy it again") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds no JSON object: download or copy it again")
+        values = read_json(path, absent="a checkpoint directory needs its config.json")
         try:
             return cls.from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
-        except TypeError as error:
-            raise ConfigError(f"{path} has a value of the wrong type ({error})") from None
 
     def to_dict(self):
         values = super().to_dict()
