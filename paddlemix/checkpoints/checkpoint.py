@@ -24,7 +24,7 @@ from paddlemix.errors import CheckpointError
 from .files import find_weight_files, name_some, open_weight_file
 from .names import Part, Weight
 from .safetensors_files import OutgoingTensor, write_safetensors
-from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, rows_per_block
+from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, row_count, rows_per_block
 
 LAYOUTS = ("torch", "paddle")
 # What other programs want to see in a file: transformers reads "pt" only, and PaddleNLP takes "pt" for transposed.
@@ -67,9 +67,16 @@ class Checkpoint:
 
     def __init__(self, directory, config):
         found = _scan(directory)
+        only = getattr(config, "reads_only", "")  # a tower can be read from the file of a whole model
+        found = {name: location for name, location in found.items() if name.startswith(only)}
         parts = [(weight, part) for weight in config.weight_table() for part in weight.parts]
+        for _, part in parts:
+            earlier = part.name.replace(".base_layer.", ".")  # what older versions of PEFT call it
+            if part.name not in found and earlier in found:
+                found[part.name] = found.pop(earlier)
         borrowed = []
-        if config.llm_config.tie_word_embeddings and parts[-1][1].name not in found:
+        language = getattr(config, "llm_config", None)
+        if language is not None and language.tie_word_embeddings and parts[-1][1].name not in found:
             # Without a head of its own, the head is the token embedding, which no layout transposes.
             weight, part = parts.pop()
             embedding = next(part.name for weight, part in parts if weight.name.endswith(".embed_tokens.weight"))
@@ -193,7 +200,7 @@ def read_parameters(config, directory, dtype):
     def fill(source, stored, array):
         """Put a published tensor in its place in the parameter."""
         _, weight, part, by_columns = source
-        outputs = array.T if weight.linear else array
+        outputs = array.T if weight.linear else array.reshape([-1]) if not array.ndim else array
         for start, stop, rows in stored.blocks():
             rows = _converted(part.name, rows, stored.dtype, dtype)
             if by_columns:
@@ -315,8 +322,8 @@ def save_checkpoint(model, config, directory, layout="torch", max_shard_size="5G
 
         def rows():
             array = fetch(weight.name)
-            outputs = array.T if weight.linear else array
-            for start, stop in blocks(shape[0], rows_per_block(shape, array.itemsize)):
+            outputs = array.T if weight.linear else array.reshape([-1]) if not array.ndim else array
+            for start, stop in blocks(row_count(shape), rows_per_block(shape, array.itemsize)):
                 block = np.empty((stop - start, *shape[1:]), array.dtype)
                 if by_columns:
                     for row, output, count in part.runs:

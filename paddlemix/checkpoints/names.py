@@ -7,6 +7,8 @@ adds up its own (``weight_table()`` of its configuration).
 import itertools
 from typing import NamedTuple
 
+from .tensors import row_count
+
 
 class Part(NamedTuple):
     """A published tensor and its share of a parameter.
@@ -31,7 +33,7 @@ class Weight(NamedTuple):
 
 def plain(name, *shape, published=None):
     """A parameter that is stored as it is."""
-    return Weight(name, shape, False, (Part(published or name, shape, ((0, 0, shape[0]),)),))
+    return Weight(name, shape, False, (Part(published or name, shape, ((0, 0, row_count(shape)),)),))
 
 
 def linear(name, size_in, size_out, bias, parts=None):
@@ -74,6 +76,15 @@ def vision(config, prefix="vision_model"):
         yield plain(f"{layer}.ls2", width)
 
 
+def attention_pooling(name, width, size_out):
+    """Weights of attention pooling from ``width`` to ``size_out``."""
+    for letter in "qkv":
+        yield from norm(f"{name}.norm1_{letter}", width, bias=True)
+        yield from linear(f"{name}.cross_attn.{letter}", width, width, bias=False)
+        yield plain(f"{name}.cross_attn.{letter}_bias", width)
+    yield from linear(f"{name}.cross_attn.proj", width, size_out, bias=True)
+
+
 # What the families call their tensors where it is not what the model calls them.
 _SEPARATE = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -109,6 +120,11 @@ def language(config, prefix="language_model"):
         return plain(f"{prefix}.{name}.weight", *shape, published=f"{published(prefix, name)[0]}.weight")
 
     def product(prefix, name, size_in, sizes, bias=False):
+        own = names.get(name, (name,))
+        if not config.fused_projections and len(own) == len(sizes):
+            for part, size in zip(own, sizes):
+                yield from linear(f"{prefix}.{part}", size_in, size, bias)
+            return
         parts = published(prefix, name)
         starts = [0, *itertools.accumulate(sizes)]
         if len(parts) == len(sizes):
@@ -117,7 +133,7 @@ def language(config, prefix="language_model"):
             runs = [tuple(_grouped_runs(config))]
         else:
             runs = [((0, 0, starts[-1]),)]
-        return linear(f"{prefix}.{name}", size_in, starts[-1], bias, list(zip(parts, runs)))
+        yield from linear(f"{prefix}.{name}", size_in, starts[-1], bias, list(zip(parts, runs)))
 
     model = f"{prefix}.model"
     yield one(model, "embed_tokens", config.vocab_size, width)
@@ -126,11 +142,21 @@ def language(config, prefix="language_model"):
         yield one(layer, "input_layernorm", width)
         yield from product(layer, "self_attn.qkv_proj", width, qkv, bias=config.qkv_bias)
         yield from product(layer, "self_attn.o_proj", qkv[0], [width], bias=config.o_bias)
+        if config.cross_attention_frequency and i % config.cross_attention_frequency == 0:
+            yield from _cross_attention(config, f"{layer}.cross_attn")
         yield one(layer, "post_attention_layernorm", width)
         yield from product(layer, "mlp.gate_up_proj", width, [config.intermediate_size] * 2)
         yield from product(layer, "mlp.down_proj", config.intermediate_size, [width])
     yield one(model, "norm", width)
     yield from product(prefix, "lm_head", width, [config.vocab_size])
+
+
+def _cross_attention(config, name):
+    width, picture = config.hidden_size, config.cross_attention_width
+    yield from norm(f"{name}.norm1", width, bias=False)
+    yield from norm(f"{name}.norm2", picture, bias=False)
+    for letter, size_in in (("q", width), ("k", picture), ("v", picture), ("o", width)):
+        yield from linear(f"{name}.{letter}_proj", size_in, width, bias=False)
 
 
 def _grouped_runs(config):

@@ -182,7 +182,7 @@ def read_paddle_pickle(file):
             values = dict(dtype=dtype.name, shape=tuple(shape), block_rows=1)
             if dtype.name in ARRAY_DTYPES:
                 data = np.frombuffer(content, ARRAY_DTYPES[dtype.name])
-                data = data.reshape(shape, order="F" if columns_first else "C")
+                data = data.reshape(shape or (1,), order="F" if columns_first else "C")
                 values["read"] = lambda start, stop: data[start:stop]
                 values["block_rows"] = rows_per_block(shape, data.itemsize)
             self.__dict__.update(values)

@@ -65,8 +65,13 @@ class StoredTensor:
 
     def blocks(self):
         """Yield ``(start, stop, rows)`` over the whole tensor."""
-        for start, stop in blocks(self.shape[0], self.block_rows):
+        for start, stop in blocks(row_count(self.shape), self.block_rows):
             yield start, stop, self.read(start, stop)
+
+
+def row_count(shape):
+    """Rows of a tensor of ``shape``; a single number is one."""
+    return shape[0] if shape else 1
 
 
 def blocks(rows, block_rows):

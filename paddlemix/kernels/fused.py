@@ -159,7 +159,7 @@ def attention(kernel, q, k, v, mask):
 
     None where the kernel has no form for the mask: GPU kernels take queries and keys of the same positions only.
     """
-    if mask is not None and q.shape[1] != k.shape[1] and kernel == "flash_attention":
+    if mask is not None and kernel == "flash_attention" and (q.shape[1] != k.shape[1] or not mask.is_spans):
         return None
     return _ATTENTION[kernel](q, k, v, mask)
 

@@ -10,9 +10,12 @@ import re
 # alpha / rank: the original always takes twice the rank for alpha, and its checkpoints store the rank alone.
 SCALE = 2.0
 
+# Key in config.json of the rank of each tower's adapters.
+RANKS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora", "qllama": "use_qllama_lora"}
+
 _ADAPTED = re.compile(
     r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias)"
-    r"|language_model\.model\.layers\.\d+\.(self_attn\.(qkv|o)_proj|mlp\.(gate_up|down)_proj)\.(weight|bias)"
+    r"|(language_model|qllama)\.model\.layers\.\d+\.(self_attn\.(qkv|[qkvo])_proj|mlp\.(gate_up|gate|up|down)_proj)\.(weight|bias)"
 )
 
 
@@ -23,8 +26,7 @@ def is_adapted(name):
 
 def tower_rank(config, name):
     """Rank of the adapters in the tower (vision or language model) that a parameter or tensor belongs to; 0 without."""
-    ranks = {"vision_model": config.use_backbone_lora, "language_model": config.use_llm_lora}
-    return ranks.get(name.split(".")[0], 0)
+    return getattr(config, RANKS.get(name.split(".")[0], ""), 0)
 
 
 def with_adapters(table, config):

@@ -5,9 +5,12 @@ without ``norm_type`` is RMSNorm. Keys that are not used here are kept and writt
 """
 
 import dataclasses
+import json
+import os
 from dataclasses import dataclass, field
 
 from paddlemix.errors import ConfigError
+from paddlemix.files import read_json
 from paddlemix.models.blocks.validation import check_decoder, check_vision
 from paddlemix.validation import shown
 
@@ -29,6 +32,28 @@ class Config:
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
         own = {k: v.to_dict() if isinstance(v, Config) else v for k, v in own.items()}
         return {**self.extra, **own}
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Read ``config.json`` of a checkpoint directory.
+
+        Raises:
+            ConfigError: the file is missing, is not JSON, or describes something that is not supported.
+        """
+        path = os.path.join(directory, "config.json")
+        values = read_json(path, absent="a checkpoint directory needs its config.json")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def save(self, directory):
+        """Write ``config.json`` into ``directory``, atomically."""
+        path = os.path.join(directory, "config.json")
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, ensure_ascii=False, indent=2)
+            file.write("\n")
+        os.replace(path + ".tmp", path)
 
 
 @dataclass
@@ -117,6 +142,11 @@ _LANGUAGE_DEFAULTS = {
 @dataclass
 class LanguageConfig(Config):
     """The decoder. InternLM2, Llama, Qwen2 and Phi-3 differ only in the values here and in their weights' names."""
+
+    # What a model may make fields of. Every so many blocks look at a picture (0: none do), from the first so many positions,
+    # at tokens of such a width; queries, keys and values are one product, and so are gate and up, or each is its own.
+    cross_attention_frequency = cross_attention_positions = cross_attention_width = 0
+    fused_projections = True
 
     architectures: list
     vocab_size: int

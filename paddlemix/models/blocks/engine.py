@@ -202,10 +202,10 @@ class _DecoderLayer(nn.Layer):
         self.up = _pack(mlp.gate_up_proj, dtype, first=hidden)
         self.down = _pack(mlp.down_proj, dtype)
 
-    def forward(self, x, rope, mask, cache=None):
+    def forward(self, x, rope, mask, cache=None, picture=None):
         batch, tokens, _ = x.shape
-        if mask.segments is not None:
-            raise ValueError("packed rows are for training: use the eager engine")
+        if mask.segments is not None or not mask.is_spans or picture is not None:
+            raise ValueError("packed rows, a prefix that sees itself and cross-attention are for the eager engine")
         qkv = self.qkv(x, norm=self.norm1)
         if cache is None:
             width = qkv.shape[-1] // (self.heads + 2 * self.kv_heads)

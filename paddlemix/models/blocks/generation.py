@@ -135,7 +135,7 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
         language_model: a :class:`~.language.LanguageModel`.
         inputs_embeds: ``[B, N, D]``, rows padded on the left. What a given ``cache`` already holds is not repeated here.
         config: a :class:`GenerationConfig`.
-        starts: number of padding positions at the left of each row, ``[B]``; None for none.
+        starts: number of padding positions at the left of each row of ``inputs_embeds``, ``[B]``; None for none.
         cache: a :class:`~.language.KVCache` with room for ``N + max_new_tokens`` more positions; made if None.
 
     Yields:
@@ -145,8 +145,9 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
     batch, prompt = inputs_embeds.shape[:2]
     if cache is None:
         cache = new_cache(language_model, batch, prompt + config.max_new_tokens, inputs_embeds.dtype)
-    mask = AttentionMask(starts)
-    shift = np.zeros([batch, 1], "int64") if mask.starts is None else mask.starts.reshape([-1, 1]).astype("int64")
+    shift = np.zeros([batch, 1], "int64") if starts is None else np.asarray(starts, "int64").reshape([-1, 1])
+    # Padding lies between what the cache holds and the prompt.
+    mask = AttentionMask(shift[:, 0] + cache.length, prefix=cache.length) if shift.any() else AttentionMask()
     sampler = Sampler(config)
     ends = config.eos_token_ids
     pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)

@@ -172,14 +172,24 @@ class DecoderAttention(nn.Layer):
         width = config.head_dim
         self.index = index
         self.split = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
-        self.qkv_proj = Linear(config.hidden_size, sum(self.split) * width, bias=config.qkv_bias)
+        self.fused = config.fused_projections
+        if self.fused:
+            self.qkv_proj = Linear(config.hidden_size, sum(self.split) * width, bias=config.qkv_bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (
+                Linear(config.hidden_size, heads * width, bias=config.qkv_bias) for heads in self.split
+            )
         self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size, bias=config.o_bias)
 
     def forward(self, x, rope, mask, cache, residual):
         """``residual + attention(x)``, all ``[B, N, D]``."""
         batch, tokens, _ = x.shape
-        qkv = self.qkv_proj(x).reshape([batch, tokens, sum(self.split), -1])
-        q, k, v = qkv.split(self.split, axis=2)
+        if self.fused:
+            qkv = self.qkv_proj(x).reshape([batch, tokens, sum(self.split), -1])
+            q, k, v = qkv.split(self.split, axis=2)
+        else:
+            products = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            q, k, v = (y.reshape([batch, tokens, heads, -1]) for y, heads in zip(products, self.split))
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
@@ -191,12 +201,41 @@ class DecoderMLP(nn.Layer):
 
     def __init__(self, config):
         super().__init__()
-        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.fused = config.fused_projections
+        if self.fused:
+            self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        else:
+            self.gate_proj, self.up_proj = (Linear(config.hidden_size, config.intermediate_size, bias=False) for _ in range(2))
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x, residual):
         """``residual + mlp(x)``, all ``[B, N, D]``."""
-        return self.down_proj(swiglu(self.gate_up_proj(x)), residual=residual)
+        gated = swiglu(self.gate_up_proj(x)) if self.fused else swiglu(self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(gated, residual=residual)
+
+
+class CrossAttention(nn.Layer):
+    """What the first positions take from a picture (arXiv 2312.14238, section 3.2): no mask, no positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, picture = config.hidden_size, config.cross_attention_width
+        self.heads, self.positions = config.num_attention_heads, config.cross_attention_positions
+        self.norm1 = RMSNorm(width, config.rms_norm_eps)
+        self.norm2 = RMSNorm(picture, config.rms_norm_eps)
+        self.q_proj = Linear(width, width, bias=False)
+        self.k_proj = Linear(picture, width, bias=False)
+        self.v_proj = Linear(picture, width, bias=False)
+        self.o_proj = Linear(width, width, bias=False)
+
+    def forward(self, x, picture):
+        """``x [B, N, D]`` with attention to ``picture [B, P, D_vision]`` added to the first positions."""
+        first = x if x.shape[1] == self.positions else x[:, : self.positions]
+        split = [0, 0, self.heads, x.shape[-1] // self.heads]
+        q, seen = self.q_proj(self.norm1(first)), self.norm2(picture)
+        k, v = self.k_proj(seen), self.v_proj(seen)
+        first = self.o_proj(attention(q.reshape(split), k.reshape(split), v.reshape(split)), residual=first)
+        return first if x.shape[1] == self.positions else paddle.concat([first, x[:, self.positions :]], axis=1)
 
 
 class DecoderLayer(nn.Layer):
@@ -208,10 +247,14 @@ class DecoderLayer(nn.Layer):
         self.self_attn = DecoderAttention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = DecoderMLP(config)
+        frequency = config.cross_attention_frequency
+        self.cross_attn = CrossAttention(config) if frequency and index % frequency == 0 else None
 
-    def forward(self, x, rope, mask, cache=None):
+    def forward(self, x, rope, mask, cache=None, picture=None):
         """``[B, N, D] -> [B, N, D]``."""
         x = self.self_attn(self.input_layernorm(x), rope, mask, cache, residual=x)
+        if picture is not None and self.cross_attn is not None:
+            x = self.cross_attn(x, picture)
         return self.mlp(self.post_attention_layernorm(x), residual=x)
 
 
@@ -230,7 +273,7 @@ class Decoder(nn.Layer):
         self.rope = RotaryTables(config)
         self.enable_recompute = False
 
-    def forward(self, inputs_embeds, position_ids, mask, cache=None):
+    def forward(self, inputs_embeds, position_ids, mask, cache=None, picture=None):
         """``inputs_embeds [B, N, D]``, ``position_ids [B or 1, N]`` -> hidden states ``[B, N, D]``, normalised."""
         tokens = inputs_embeds.shape[1]
         if cache is not None:
@@ -242,9 +285,9 @@ class Decoder(nn.Layer):
         x = inputs_embeds
         for layer in self.layers:
             if self.enable_recompute and self.training:
-                x = paddle.distributed.fleet.utils.recompute(layer, x, rope, mask, use_reentrant=False)
+                x = paddle.distributed.fleet.utils.recompute(layer, x, rope, mask, None, picture, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, cache)
+                x = layer(x, rope, mask, cache, picture)
         return self.norm(x)
 
 
@@ -261,7 +304,7 @@ class LanguageModel(nn.Layer):
         """Token ids ``[B, N]`` -> embeddings ``[B, N, D]``."""
         return self.model.embed_tokens(input_ids)
 
-    def forward(self, inputs_embeds, position_ids=None, mask=None, cache=None):
+    def forward(self, inputs_embeds, position_ids=None, mask=None, cache=None, picture=None):
         """Hidden states ``[B, N, D]`` before the head; :attr:`lm_head` turns the positions that matter into logits.
 
         Args:
@@ -269,8 +312,9 @@ class LanguageModel(nn.Layer):
             position_ids: ``[B or 1, N]`` int64, array or tensor; by default the positions that follow what the cache holds.
             mask: :class:`AttentionMask`; None for a plain causal one.
             cache: :class:`KVCache` with the keys and values of earlier positions.
+            picture: ``[B, P, D_vision]``, what the first positions look at in the blocks that have cross-attention.
         """
         if position_ids is None:
             start = 0 if cache is None else cache.length
             position_ids = np.arange(start, start + inputs_embeds.shape[1], dtype="int64")[None]
-        return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache)
+        return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache, picture)

@@ -101,11 +101,15 @@ class AttentionMask:
     Args:
         starts: first visible key of each row, ``[B]`` integers, for left-padded batches; None when every row starts at 0.
         segments: ``[B, S]`` integers for packed rows; tokens see only tokens of the same number.
+        prefix: so many first positions of every row see each other, and all later ones see them; padding lies behind.
+        visible: ``[B, S]``, False for keys that nothing sees but themselves; None for none.
     """
 
-    def __init__(self, starts=None, segments=None):
+    def __init__(self, starts=None, segments=None, prefix=0, visible=None):
         self.starts = None if starts is None or not np.any(starts) else np.asarray(starts)
         self.segments = None if segments is None else np.asarray(segments)
+        self.prefix = prefix
+        self.visible = None if visible is None or np.all(visible) else np.asarray(visible).astype(bool)
         self._kept = {}  # the layers of one forward pass share their masks
 
     @classmethod
@@ -124,7 +128,21 @@ class AttentionMask:
     @property
     def is_plain_causal(self):
         """Whether nothing but the causal order restricts attention."""
-        return self.starts is None and self.segments is None
+        return self.is_spans and self.sees_all_before
+
+    @property
+    def is_spans(self):
+        """Whether it is the causal order within runs of positions, which :meth:`spans` and :meth:`first_hidden` can tell."""
+        return self.prefix < 2 and self.visible is None
+
+    @property
+    def sees_all_before(self):
+        """Whether a position sees all earlier ones."""
+        return self.starts is None and self.segments is None and self.visible is None
+
+    def is_full(self, keys):
+        """Whether all of ``keys`` positions see each other."""
+        return keys <= self.prefix and self.sees_all_before
 
     def _keep(self, form, queries, keys, make):
         if self._kept.get(form, (None,))[0] != (queries, keys):
@@ -135,11 +153,14 @@ class AttentionMask:
         """Which of ``keys`` positions the last ``queries`` see, ``[B or 1, 1, queries, keys]`` bool."""
         key = np.arange(keys)
         query = np.arange(keys - queries, keys)
-        allowed = (key[None, :] <= query[:, None])[None]
+        allowed = (key[None, :] <= np.maximum(query, self.prefix - 1)[:, None])[None]
+        # A padding query keeps itself visible: a row of nothing but -inf has no softmax.
+        itself = (key[None, :] == query[:, None])[None]
         if self.starts is not None:
-            # A padding query keeps itself visible: a row of nothing but -inf has no softmax.
-            visible = key[None, None, :] >= self.starts[:, None, None]
-            allowed = allowed & (visible | (key[None, :] == query[:, None])[None])
+            visible = (key >= self.starts[:, None]) | (key < self.prefix)
+            allowed = allowed & (visible[:, None] | itself)
+        if self.visible is not None:
+            allowed = allowed & (self.visible[:, None, :keys] | itself)
         if self.segments is not None:
             allowed = allowed & (self.segments[:, None, :keys] == self.segments[:, keys - queries : keys, None])
         return allowed[:, None]
@@ -199,13 +220,13 @@ def attention(q, k, v, mask=None):
     """
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
-    if mask is not None and queries == 1 and mask.is_plain_causal:
+    if mask is not None and (mask.is_full(keys) or (queries == 1 and mask.sees_all_before)):
         mask = None  # the last position sees all
     kernel = fused.choose("attention", q.dtype)
     out = None
     if kernel != "plain" and queries > 1:  # one query is no work for a kernel that saves memory
         out = fused.attention(kernel, q, k, v, mask)
-    if out is None and queries == keys and gemm.suits(math.prod(q.shape) * keys, q, k, v):
+    if out is None and queries == keys and (mask is None or mask.is_spans) and gemm.suits(math.prod(q.shape) * keys, q, k, v):
         spans = (AttentionMask() if mask is None else mask).spans(batch, keys)
         out = gemm.attention(q, k, v, spans, causal=mask is not None)
     if out is None:

@@ -19,7 +19,7 @@ from paddlemix.checkpoints.files import open_weight_file
 from paddlemix.checkpoints.tensors import convert_dtype, name_some
 from paddlemix.errors import CheckpointError, ConfigError
 
-from .adapters import SCALE, is_adapted, tower_rank
+from .adapters import RANKS, SCALE, is_adapted, tower_rank
 from .layers import Linear
 
 DROPOUT = 0.05
@@ -138,7 +138,9 @@ def merge_lora(model):
     for path in paths:
         parent, name, layer = _locate(model, path)
         setattr(parent, name, layer.merged())
-    model.config.use_backbone_lora = model.config.use_llm_lora = 0
+    for key in RANKS.values():
+        if hasattr(model.config, key):
+            setattr(model.config, key, 0)
 
 
 # ---------------------------------------------------------------------- PEFT's directories

@@ -1,11 +1,8 @@
 """Configuration of the InternVL chat models, read from any released ``config.json``."""
 
-import json
-import os
 from dataclasses import dataclass
 
 from paddlemix.errors import ConfigError
-from paddlemix.files import read_json
 from paddlemix.models.blocks.configuration import Config, LanguageConfig, VisionConfig
 from paddlemix.models.blocks.validation import check_chat
 
@@ -52,20 +49,6 @@ class InternVLChatConfig(Config):
         values["llm_config"] = LanguageConfig.from_dict(values["llm_config"])
         return cls._pick(values)
 
-    @classmethod
-    def from_pretrained(cls, directory):
-        """Read ``config.json`` of a checkpoint directory.
-
-        Raises:
-            ConfigError: the file is missing, is not JSON, or describes something that is not supported.
-        """
-        path = os.path.join(directory, "config.json")
-        values = read_json(path, absent="a checkpoint directory needs its config.json")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
-
     def to_dict(self):
         values = super().to_dict()
         if self.system_message is None:  # optional in published files: absent means the template's own
@@ -74,14 +57,6 @@ class InternVLChatConfig(Config):
         values.setdefault("model_type", "internvl_chat")
         values.setdefault("hidden_size", self.llm_config.hidden_size)
         return values
-
-    def save(self, directory):
-        """Write ``config.json`` into ``directory``, atomically."""
-        path = os.path.join(directory, "config.json")
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, ensure_ascii=False, indent=2)
-            file.write("\n")
-        os.replace(path + ".tmp", path)
 
     def weight_table(self):
         """How each parameter of the model is made of published tensors: see :func:`~.checkpoint.weight_table`."""
