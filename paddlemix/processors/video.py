@@ -12,7 +12,7 @@ from paddlemix.errors import VideoError
 from paddlemix.processors.image import dynamic_preprocess, to_pixels
 from paddlemix.processors.video_readers import open_video
 
-SAMPLES = ("segment", "middle", "rand")
+SAMPLES = ("segment", "middle", "rand", "interval")
 
 
 def load_video(
@@ -56,7 +56,7 @@ def sample_frames(path, num_segments=32, bound=None, sample="segment", rng=None,
         path, bound: see :func:`load_video`.
         sample: "segment" takes the frames that inference takes (:func:`get_index`); for training, "middle" and "rand" cut
             the video into ``num_segments`` intervals and take the middle or a random frame of each, and repeat the last
-            frame where the video has too few.
+            frame where the video has too few; "interval" is :func:`interval_indices`.
         rng: numpy Generator or seed for "rand".
         reader: "av", "opencv" or "decord", to compare them; "auto" is the environment variable PADDLEMIX_VIDEO_READER, or
             else the first that is installed, in this order. OpenCV ignores the colour matrix that a file declares and
@@ -85,6 +85,15 @@ def get_index(bound, fps, max_frame, first_idx=0, num_segments=32):
     return np.array([int(start + length / 2 + round(length * k)) for k in range(num_segments)], dtype=np.int64)
 
 
+def interval_indices(first, last, num_segments):
+    """Indices of the middle frames of intervals of ``ceil(frames / num_segments)`` (InternVL's rule for video retrieval).
+
+    An interval that begins or has its middle beyond ``last`` gives that, where the original stops with an error.
+    """
+    interval = -(-(last - first + 1) // num_segments)
+    return np.minimum(first + np.arange(num_segments) * interval + interval // 2, last).astype(np.int64)
+
+
 def frame_prefix(num_frames):
     """The prompt's lines for a video: one numbered ``<image>`` a frame."""
     return "".join(f"Frame{number}: <image>\n" for number in range(1, num_frames + 1))
@@ -102,7 +111,9 @@ def _iterate_frames(path, num_segments, bound, sample, rng, reader):
         if bound is not None:
             fps = video.fps
             bound = _checked_bound(video.name, bound, fps, max_frame)
-        if sample == "segment":
+        if sample == "interval":
+            indices = interval_indices(*_frame_range(bound, fps, max_frame), num_segments)
+        elif sample == "segment":
             indices = get_index(bound, fps, max_frame, num_segments=num_segments)
         else:
             indices = _interval_indices(*_frame_range(bound, fps, max_frame), num_segments, sample, rng)
