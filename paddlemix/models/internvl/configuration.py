@@ -7,7 +7,6 @@ from paddlemix.errors import ConfigError
 from paddlemix.models.blocks.configuration import Config, LanguageConfig, VisionConfig
 from paddlemix.validation import DEVIATION, HEADS, LAYERS, RANK, SIDE, WIDTH, Number, check, optional
 
-
 _RULES = {
     "clip_embed_dim": WIDTH,
     "attn_pool_num_heads": HEADS,
@@ -81,7 +80,10 @@ class InternVLConfig(Config):
         values["vision_config"] = VisionConfig._pick(values["vision_config"])
         language = {"vocab_size": 49954, **values["qllama_config"]}
         language["architectures"] = language.get("architectures") or ["LlamaForCausalLM"]
-        values["qllama_config"] = QLLaMAConfig.from_dict(language)
+        try:
+            values["qllama_config"] = QLLaMAConfig.from_dict(language)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace("llm_config", "qllama_config")) from None
         return cls._pick(values)
 
     def to_dict(self):

@@ -367,7 +367,8 @@ def test_the_table_of_a_forced_size_is_in_the_file(tmp_path):
     [
         ({"num_query_token": 0}, "num_query_token is 0"),
         ({"clip_embed_dim": "768"}, "clip_embed_dim is '768'"),
-        ({"attn_pool_num_heads": 5}, "not a multiple of attn_pool_num_heads"),
+        ({"attn_pool_num_heads": 5}, "attn_pool_num_heads is 5: both widths"),
+        ({"num_query_token": 2**40}, "num_query_token is 1099511627776"),
         ({"label_smoothing": 1.5}, "label_smoothing is 1.5"),
         ({"use_qllama_lora": -1}, "use_qllama_lora is -1"),
         ({"qllama_config": None}, "'qllama_config' is missing"),
