@@ -15,12 +15,12 @@ import pytest
 from paddle.amp import debugging
 from paddle.base import core
 
+from paddlemix.doctor.device_check import cases
 from paddlemix.models.blocks.vision import bicubic_weights
 from paddlemix.models.internvl2 import ChatSession, InternVLChatModel
 from paddlemix.training.arguments import PreTrainingArguments
 from paddlemix.training.optimizer import Optimizer
 from tests.conftest import FAMILIES, assert_close, load_reference, tiles
-from tools.device_check import cases
 
 ALLOWED = Path(__file__).parents[1] / "tools" / "npu" / "operators.txt"
 DTYPES = {"float64": "bfloat16", "float32": "float32"}

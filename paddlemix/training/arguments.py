@@ -12,6 +12,7 @@ import os
 import typing
 from dataclasses import dataclass, field
 
+from paddlemix.commands import Parser
 from paddlemix.errors import ConfigError
 
 
@@ -214,9 +215,8 @@ def parse(argv, prog="internvl_chat_finetune.py", extra=()):
     Raises:
         ConfigError: a file cannot be read, or a name or a value is not known.
     """
-    parser = _Parser(
-        prog=prog, description=__doc__.split("\n")[0], epilog="A JSON or YAML file of the same names may come first."
-    )
+    epilog = "A JSON or YAML file of the same names may come first. --devices N trains with N processes, one a device."
+    parser = _Parser(prog=prog, description=__doc__.split("\n")[0], epilog=epilog)
     classes = (*CLASSES, *extra)
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.split("\n")[0])
@@ -238,7 +238,7 @@ def parse(argv, prog="internvl_chat_finetune.py", extra=()):
     return tuple(cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes)
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, **kwargs)
 

@@ -1,60 +1,15 @@
 """Check an Ascend NPU: versions, every operator, fused kernels, chat, training, two cards.
 
-``source tools/npu/env.sh``, then ``python tools/npu/check.py --report npu.json``.
+``source tools/npu/env.sh``, then ``python tools/npu/check.py --report npu.json``. In an installed package it is
+``paddlemix doctor --device npu``.
 """
 
-import os
-import re
 import sys
-from importlib import metadata
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from device_check import main, stand_in
-
-TOOLKIT = Path(os.environ.get("ASCEND_TOOLKIT_HOME", "/usr/local/Ascend/ascend-toolkit/latest"))
-TOOLKIT_FILES = (TOOLKIT / "version.cfg", *TOOLKIT.glob("*/ascend_toolkit_install.info"))
-DRIVER = Path("/usr/local/Ascend/driver/version.info")
-# What tools/npu/README.md describes.
-CANN, PLUGIN = "8.0.0", "3.3.0"
-
-
-def _in_file(path):
-    """The version number that a file of Ascend's names first; None without the file."""
-    if not path.exists():
-        return None
-    found = re.search(r"(?i)version\D*([\w.]+)", path.read_text(errors="replace"))
-    return found.group(1) if found else None
-
-
-def versions():
-    """Lines of the table about Paddle, its plug-in, CANN, the driver and the environment."""
-    import paddle
-
-    try:
-        plugin = metadata.version("paddle-custom-npu")
-    except metadata.PackageNotFoundError:
-        plugin = None
-    if plugin is None and stand_in():
-        yield "versions", "skip", f"paddle {paddle.__version__} with the stand-in"
-    else:
-        same = plugin == paddle.__version__
-        advice = "" if same else ": install both in one version, make install DEVICE=npu"
-        yield "paddle and plug-in", "pass" if same else "fail", f"paddle {paddle.__version__}, plug-in {plugin}{advice}"
-        cann = next(filter(None, map(_in_file, TOOLKIT_FILES)), None)
-        status, advice = "pass", ""
-        if cann is None:
-            status, advice = "fail", f": not found below {TOOLKIT}, source its set_env.sh"
-        elif not cann.startswith(CANN):
-            # 3.3.0 does not load on 8.5.1 (PaddleCustomDevice issue 2452); others were not tried by anybody we know of.
-            status, advice = "slow", f": the plug-in {PLUGIN} is built for {CANN}"
-        yield "CANN", status, f"{cann}{advice}"
-        yield "driver", "pass", f"{_in_file(DRIVER) or 'unknown'} ({DRIVER}); CANN {CANN} wants 23.0.3 or later"
-    script = (Path(__file__).parent / "env.sh").read_text(encoding="utf-8")
-    unset = [name for name in re.findall(r"^default (\w+)", script, re.MULTILINE) if name not in os.environ]
-    detail = f"not set: {', '.join(unset)}; source tools/npu/env.sh" if unset else "as tools/npu/env.sh sets it"
-    yield "environment", "slow" if unset else "pass", detail
-
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from paddlemix.doctor.device_check import main
+from paddlemix.doctor.npu import versions
 
 if __name__ == "__main__":
     main("npu", versions)

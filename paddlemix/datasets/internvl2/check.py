@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import paddlemix
 from paddlemix.checkpoints.hub import resolve
+from paddlemix.commands import Parser
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import ConfigError, UserError, command_main
 from paddlemix.models.internvl2 import InternVLChatConfig, load_tokenizer
@@ -159,7 +160,7 @@ def _boolean(text):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("meta", help="meta file of the training data (docs/data.md)")
     parser.add_argument(
         "--model_name_or_path",

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import paddlemix
+from paddlemix.commands import Parser
 from paddlemix.errors import UserError
 
 ROOT = Path(paddlemix.__file__).parent
@@ -14,7 +15,7 @@ DEMO_IMAGES = ROOT / "demo_images"
 
 def make_parser(description):
     """A parser with the flags that choose the model and how it answers; the description is shown as it is written."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_name_or_path",

@@ -4,26 +4,67 @@
       --conv_style Hermes-2 --meta_path my_data.json --output_dir work_dirs/mine --do_train --freeze_backbone True
   python paddlemix/examples/internvl2/internvl_chat_finetune.py settings.yaml
 
---help lists all arguments, docs/finetune.md explains. The scripts in shell/ hold the published settings. With
-``python -m paddle.distributed.launch`` before it, the same runs on several devices.
+--help lists all arguments, docs/finetune.md explains. The scripts in shell/ hold the published settings. ``--devices N`` trains
+with N processes, one a device, or as many on CPU; so does ``python -m paddle.distributed.launch`` before it.
 """
 
+import os
 import sys
+from pathlib import Path
 
-from paddlemix.errors import command_main
+import paddlemix
+from paddlemix.errors import ConfigError, command_main
+
+
+def take_devices(argv):
+    """``(number, other arguments)``: what ``--devices N`` asks for, and the flags that are the trainer's; 1 without.
+
+    Raises:
+        ConfigError: N is no number from 1 to 4,096.
+    """
+    rest, number = [], "1"
+    arguments = iter(argv)
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if flag != "--devices":
+            rest.append(argument)
+        else:
+            number = value if equals else next(arguments, "")
+    if not (number.isdecimal() and 1 <= int(number[:5]) <= 4096):
+        raise ConfigError(f"--devices is '{number}': give the number of processes to train with, one a device")
+    return int(number), rest
+
+
+def start_ranks(processes, argv, train_args):
+    """Become the launcher of ``processes`` processes that train with ``argv``; does not return."""
+    from paddlemix import device
+
+    logs = os.path.join(train_args.output_dir, "launch_logs")
+    command = [sys.executable, "-m", "paddle.distributed.launch", "--run_mode", "collective", "--log_dir", logs]
+    if device.is_cpu(device.set_device(train_args.device)):
+        command += ["--nproc_per_node", str(processes)]
+    else:
+        command += ["--devices", ",".join(map(str, range(processes)))]
+    root = str(Path(paddlemix.__file__).parents[1])
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.execv(sys.executable, [*command, os.path.abspath(__file__), *argv])
 
 
 @command_main
 def main(argv=None):
     """Parse the command line and train, or print the plan with --dry_run."""
     argv = sys.argv[1:] if argv is None else argv
-    if "--dry_run" in argv:
+    if "--dry_run" in argv or "--dry-run" in argv:
         from paddlemix.training import plan
 
-        return plan.main(argv)
+        processes, argv = take_devices(argv)
+        return plan.main(argv if processes == 1 else ["--processes", str(processes), *argv])
     from paddlemix.training.arguments import parse
 
+    processes, argv = take_devices(argv)
     arguments = parse(argv)
+    if processes > 1 and "PADDLE_TRAINER_ID" not in os.environ:
+        start_ranks(processes, argv, arguments[2])
     from paddlemix.training.trainer import finetune  # after the arguments are known to be right: Paddle takes seconds to load
 
     return finetune(*arguments)

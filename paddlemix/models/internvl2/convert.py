@@ -3,7 +3,6 @@
 python -m paddlemix.models.internvl2.convert SRC DST --layout paddle
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from paddlemix.checkpoints.files import INDEX_FILES
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.checkpoints.safetensors_files import parse_size
 from paddlemix.checkpoints.tensors import ARRAY_DTYPES, DTYPES
+from paddlemix.commands import Parser
 from paddlemix.errors import CheckpointError, command_main
 
 from .configuration import InternVLChatConfig
@@ -81,7 +81,7 @@ def copy_small_files(source, target, dtype):
 @command_main
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m paddlemix.models.internvl2.convert",
         description="Convert an InternVL checkpoint to safetensors in the layout of PyTorch or of Paddle. Memory for one "
         "tensor is enough, whatever the model's size; neither Paddle nor PyTorch is needed.",

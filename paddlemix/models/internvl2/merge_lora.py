@@ -3,7 +3,6 @@
 python -m paddlemix.models.internvl2.merge_lora SRC DST
 """
 
-import argparse
 import dataclasses
 import os
 
@@ -12,6 +11,7 @@ from paddlemix.checkpoints.files import open_weight_file
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.checkpoints.safetensors_files import OutgoingTensor, write_safetensors
 from paddlemix.checkpoints.tensors import convert_dtype
+from paddlemix.commands import Parser
 from paddlemix.errors import CheckpointError, command_main
 from paddlemix.models.blocks.adapters import SCALE, adapter_names
 
@@ -78,7 +78,7 @@ def merge(source, target, max_shard_size="5GB"):
 @command_main
 def main(argv=None):
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m paddlemix.models.internvl2.merge_lora",
         description="Add the LoRA adapters of a checkpoint to its weights, so that every engine reads it.",
     )

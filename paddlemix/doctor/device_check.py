@@ -1,4 +1,4 @@
-"""What works on a card and what does not: shared by tools/npu/check.py and tools/gpu/check.py.
+"""What works on a card and what does not, operator by operator: ``paddlemix doctor --device npu`` or ``gpu``.
 
 Each check is one line of a table: pass; slow, where it works but a part went through the CPU; skip, where there is nothing
 to check; or fail, with advice. Checks that may take the process down run in one of their own.
@@ -21,8 +21,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import paddlemix
+from paddlemix.commands import Parser
+
+PACKAGE = Path(paddlemix.__file__).parent
 
 # Largest difference from CPU float32, relative to the largest value. Cards multiply float32 with fewer bits by default.
 TOLERANCE = {"float32": 2e-3, "bfloat16": 2e-2, "float16": 5e-3}
@@ -217,10 +219,16 @@ def check_fused(place, dtypes):
 CHILDREN = {"operators": check_operators, "fused": check_fused}
 
 
+def _with_package():
+    """An environment in which a process finds this package, wherever it runs from."""
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def in_child(kind, place, dtypes):
     """Lines of a check that runs in a process of its own; the line that takes it down is a failure like others."""
     command = [sys.executable, __file__, "--child", kind, "--device", place, "--dtypes", ",".join(dtypes)]
-    environment = {**os.environ, "GLOG_v": "3", "GLOG_logtostderr": "1"}
+    environment = {**_with_package(), "GLOG_v": "3", "GLOG_logtostderr": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     running = None
     for line in done.stdout.splitlines():
@@ -245,7 +253,7 @@ def _demo(place, dtype):
     from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
 
     paddle.set_device(place)
-    folder = str(ROOT / "paddlemix" / "demo_model")
+    folder = str(PACKAGE / "demo_model")
     model = InternVLChatModel.from_pretrained(folder, dtype=dtype, engine="eager")
     tokenizer = load_tokenizer(folder)
     model.set_tokenizer(tokenizer)
@@ -255,7 +263,7 @@ def _demo(place, dtype):
 def _picture(model):
     from paddlemix.processors.image import load_image
 
-    return load_image(str(ROOT / "paddlemix" / "demo_images" / "scene_1.png"), input_size=model.config.image_size, max_num=1)
+    return load_image(str(PACKAGE / "demo_images" / "scene_1.png"), input_size=model.config.image_size, max_num=1)
 
 
 def losses(place, dtype, steps=10):
@@ -355,7 +363,7 @@ def check_collectives(kind):
         command = [sys.executable, "-m", "paddle.distributed.launch", "--devices", first, "--log_dir", logs]
         command += [__file__, "--child", "all-reduce", "--device", kind]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=300)
+            done = subprocess.run(command, env=_with_package(), capture_output=True, text=True, errors="replace", timeout=300)
             text = "".join(path.read_text(errors="replace") for path in sorted(Path(logs).glob("workerlog.*")))
             told = re.findall(r"^@all-reduce (.*)$", text, re.MULTILINE)
             if done.returncode == 0 and len(told) == 2:
@@ -400,7 +408,7 @@ def main(kind, versions, argv=None):
         versions: a function that yields (name, status, detail) for drivers, libraries and settings.
         argv: arguments; None for the command line's.
     """
-    parser = argparse.ArgumentParser(description=f"Check what works on {kind.upper()}, operator by operator.")
+    parser = Parser(description=f"Check what works on {kind.upper()}, operator by operator.")
     parser.add_argument("--device", default=kind, help=f"{kind} or {kind}:1 (default: the first)")
     parser.add_argument("--dtypes", default=None, help="such as float32,bfloat16 (default: float32 and the device's own)")
     parser.add_argument("--report", metavar="FILE.json", help="write the results there too, to send with a question")
