@@ -3,10 +3,13 @@
 import json
 import os
 import re
+import sys
 
 from paddlemix.errors import DataError
+from paddlemix.files import read_regular
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".jp2")
+_MOST = 1 << 30  # bytes of a file of annotations
 CLIPS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".gif")
 
 
@@ -64,9 +67,9 @@ def read_captions(path, root, names=None):
     Raises:
         DataError: the file cannot be read, or a line of it cannot be used.
     """
-    lines = _lines(path)
+    lines = read_lines(path)
     if names is not None:
-        pictures = _lines(names)
+        pictures = read_lines(names)
         if len(pictures) != len(lines):
             raise DataError(f"{names} has {len(pictures)} names but {path} {len(lines)} captions: they must be of one data set")
         pairs = list(zip(pictures, lines))
@@ -86,10 +89,15 @@ def read_captions(path, root, names=None):
     return [os.path.join(root, name) for name in number], [caption for _, caption in pairs], owner
 
 
-def _lines(path):
+def read_lines(path):
+    """The lines of a text file that are not empty; ``-`` is the standard input.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [line for line in file.read().splitlines() if line.strip()]
+        content = sys.stdin.buffer.read() if path == "-" else read_regular(path, _MOST)
+        return [line for line in content.decode("utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -164,15 +164,16 @@ class PictureFeatures:
         paths: the pictures.
         read: turns a path into pixels ``[3, S, S]``.
         encode: turns pixels ``[B, 3, S, S]`` into features ``[B, E]`` on the host.
+        width: ``E``.
         batch_size: pictures at once.
 
     Attributes:
         bad: ``{number: sentence}`` of pictures that could not be read by this process.
     """
 
-    def __init__(self, paths, read, encode, batch_size=16, threads=2):
-        self.paths, self.read, self.encode, self.batch_size = paths, read, encode, batch_size
-        self.bad, self._pool, self._width = {}, ThreadPoolExecutor(threads), None
+    def __init__(self, paths, read, encode, width, batch_size=16, threads=2):
+        self.paths, self.read, self.encode, self.width, self.batch_size = paths, read, encode, width, batch_size
+        self.bad, self._pool = {}, ThreadPoolExecutor(threads)
 
     def _pixels(self, number):
         try:
@@ -195,19 +196,13 @@ class PictureFeatures:
 
     def __call__(self, start, stop):
         spans = [range(at, min(at + self.batch_size, stop)) for at in range(start, stop, self.batch_size)]
-        rows, good = [None] * (stop - start), 0
+        rows = np.full([stop - start, self.width], np.nan, "float32")
         for span, coming in zip(spans, self._ahead(spans)):
             pixels = {number: future.result() for number, future in zip(span, coming)}
             pixels = {number: array for number, array in pixels.items() if array is not None}
             if pixels:
-                features = np.asarray(self.encode(np.stack(list(pixels.values()))), "float32")
-                for number, row in zip(pixels, features):
-                    rows[number - start] = row
-                good += len(pixels)
-                self._width = features.shape[1]
-        if self._width is None:  # not one so far: the width is a blank picture's
-            raise DataError(f"none of the pictures {start + 1} to {stop} can be read: {next(iter(self.bad.values()))}")
-        return np.stack([np.full(self._width, np.nan, "float32") if row is None else row for row in rows])
+                rows[np.array([*pixels]) - start] = self.encode(np.stack([*pixels.values()]))
+        return rows
 
 
 def readable(features):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 
 from paddlemix.errors import DataError
+from paddlemix.files import read_regular
 
 # A short set of our own; the public lists are named in docs/internvl.md.
 TEMPLATES = ("{c}", "a photo of a {c}.", "a picture of the {c}.", "a drawing of a {c}.")
@@ -79,8 +80,7 @@ def read_names(path, what):
     """
     file, _, key = path.partition("#")
     try:
-        with open(file, encoding="utf-8-sig") as stream:
-            values = json.load(stream)
+        values = json.loads(read_regular(file, 64 << 20).decode("utf-8-sig"))
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

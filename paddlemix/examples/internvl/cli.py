@@ -64,6 +64,31 @@ def load_embedder(args):
     )
 
 
+def demo_model():
+    """Directory of the bundled model, for searching in drawn scenes."""
+    import paddlemix
+
+    return str(Path(paddlemix.__file__).parent / "demo_retrieval")
+
+
+def save_picture(picture, path):
+    """Write a picture, whole or not at all; the name's end says the format.
+
+    Raises:
+        ConfigError: the end is no picture format.
+    """
+    from PIL import Image
+
+    from paddlemix.errors import ConfigError
+    from paddlemix.evaluation.features import written
+
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ConfigError(f"{path}: '{Path(path).suffix}' is no picture format: use a name that ends in .png")
+    with written(str(path)) as file:
+        picture.save(file, kind)
+
+
 class Session:
     """A loaded model, and the processes that share the work."""
 
@@ -89,7 +114,9 @@ class Session:
         from paddlemix.evaluation.features import PictureFeatures, compute_features, digest, files_digest, readable
 
         name = os.path.join(folder, "features", digest(self.how(), files_digest(paths), *more))
-        function = function or PictureFeatures(paths, self.read, self.embedder.encode, self.args.batch_size)
+        function = function or PictureFeatures(
+            paths, self.read, self.embedder.encode, self.embedder.width, self.args.batch_size
+        )
         with tqdm(total=-(-len(paths) // self.processes.world), unit="picture", disable=not self.processes.is_first) as bar:
             array = compute_features(name, len(paths), function, self.processes, progress=bar.update)
         good = readable(array)

@@ -10,7 +10,7 @@ image and caption; COCO's own; or a caption a line with --names. Scores are comp
 more memory than a thousand.
 """
 
-from paddlemix.errors import command_main
+from paddlemix.errors import DataError, command_main
 from paddlemix.examples.internvl import cli
 
 
@@ -36,6 +36,8 @@ def main(argv=None):
     from paddlemix.evaluation.retrieval import feature_recalls
 
     owner = np.asarray(owner)
+    if not good.any():
+        raise DataError(f"no picture of {args.annotations} can be read in {args.images}")
     if not good.all():  # a picture that cannot be read takes its texts with it
         kept, number = np.flatnonzero(good), np.cumsum(good) - 1
         mine = good[owner]

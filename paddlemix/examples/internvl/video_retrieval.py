@@ -37,7 +37,11 @@ def main(argv=None):
     from paddlemix.evaluation.retrieval import dual_softmax, retrieval_recalls
 
     features, good = session.features(
-        paths, args.out, ClipFeatures(paths, session.read, session.raw, args.frames), "clips", args.frames
+        paths,
+        args.out,
+        ClipFeatures(paths, session.read, session.raw, session.embedder.width, args.frames),
+        "clips",
+        args.frames,
     )
     if not good.any():
         raise DataError(f"no clip in {args.videos} can be read")

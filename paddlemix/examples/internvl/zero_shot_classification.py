@@ -41,7 +41,7 @@ def main(argv=None):
     if args.video:
         from paddlemix.evaluation.clips import ClipFeatures
 
-        clips = ClipFeatures(paths, session.read, session.raw, args.frames)
+        clips = ClipFeatures(paths, session.read, session.raw, session.embedder.width, args.frames)
         features, good = session.features(paths, args.out, clips, "clips", args.frames)
     else:
         features, good = session.features(paths, args.out)
@@ -54,6 +54,8 @@ def _report(args, session, features, good, labels, paths, classes, weights, accu
     from paddlemix.evaluation.gallery import Report
 
     kept = np.flatnonzero(good)
+    if not len(kept):
+        raise DataError(f"nothing in {args.data} can be read")
     labels = np.asarray(labels)[kept]
     scores = 100 * np.asarray(features, "float32")[kept] @ weights
     values = accuracy(scores, labels)
