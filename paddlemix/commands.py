@@ -21,11 +21,19 @@ COMMANDS = {
     "Use a model": {
         "chat": Command("paddlemix.examples.internvl2.chat_demo", "ask about pictures"),
         "video": Command("paddlemix.examples.internvl2.chat_demo_video", "ask about a video"),
+        "search": Command("paddlemix.examples.internvl.search", "find pictures by words or by a picture"),
+        "embed": Command("paddlemix.examples.internvl.embed", "features of pictures or texts as arrays"),
+        "caption": Command("paddlemix.examples.internvl.caption", "describe pictures (InternVL-G)"),
     },
     "Train": {
         "finetune": Command("paddlemix.examples.internvl2.internvl_chat_finetune", "fine-tune on your data; --devices N"),
         "check-data": Command("paddlemix.datasets.internvl2.check", "check training data before hours are spent on it"),
         "plan": Command("paddlemix.training.plan", "how much memory a fine-tuning run takes"),
+    },
+    "Measure": {
+        "zero-shot": Command("paddlemix.examples.internvl.zero_shot_classification", "classify pictures by class names"),
+        "retrieval": Command("paddlemix.examples.internvl.retrieval", "how well texts and pictures find each other"),
+        "video-retrieval": Command("paddlemix.examples.internvl.video_retrieval", "how well texts and clips find each other"),
     },
     "Weights": {
         "convert": Command("paddlemix.models.internvl2.convert", "write a checkpoint in another layout or dtype"),

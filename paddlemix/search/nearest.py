@@ -36,9 +36,8 @@ def best(vectors, queries, k):
         else:
             found = queries @ block.T
         _release(vectors)
-        better = found > scores[:, -1:]
-        for query in np.flatnonzero(better.any(1)):
-            columns = np.flatnonzero(better[query])
+        for query in np.flatnonzero(found.max(1) > scores[:, -1]):
+            columns = np.flatnonzero(found[query] > scores[query, -1])
             _merge(scores[query], rows[query], found[query, columns], columns + start)
     return scores, rows
 

@@ -6,10 +6,12 @@ import os
 import sys
 from pathlib import Path
 
+from paddlemix.commands import Parser
+
 
 def make_parser(description, default_task="classification"):
     """A parser with the flags that choose the model and how pictures become features."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     model = parser.add_argument_group("model")
     model.add_argument(
         "--model_name_or_path",

@@ -18,7 +18,6 @@ from paddlemix.examples.internvl import cli
 def main(argv=None):
     """Parse the command line and embed."""
     parser = cli.make_parser(__doc__, "retrieval")
-    parser.prog = "paddlemix embed" if not str(parser.prog).endswith(".py") else parser.prog
     parser.add_argument("--images", nargs="+", metavar="PATH", help="pictures, or folders of them")
     parser.add_argument("--texts", metavar="FILE", help="text file with a text a line; - for standard input")
     parser.add_argument("--out", required=True, metavar="OUT.npy", help="array to write; names go into OUT.names.txt")

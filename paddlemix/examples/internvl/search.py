@@ -19,7 +19,6 @@ from paddlemix.examples.internvl import cli
 def main(argv=None):
     """Parse the command line, and build or search."""
     parser = cli.make_parser(__doc__, "retrieval")
-    parser.prog = "paddlemix search" if not str(parser.prog).endswith(".py") else parser.prog
     parser.add_argument("where", nargs="?", metavar="INDEX", help="the index to search in")
     parser.add_argument("--index", metavar="FOLDER", help="build an index of the pictures in this folder")
     parser.add_argument("--out", metavar="INDEX", help="with --index: folder of the index (default: FOLDER.index)")
