@@ -9,6 +9,7 @@ Nothing here needs Paddle except :func:`load_checkpoint`, so that conversion run
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import os
@@ -21,10 +22,10 @@ import numpy as np
 
 from paddlemix.errors import CheckpointError
 
-from .files import find_weight_files, name_some, open_weight_file
+from .files import find_weight_files, fingerprint, name_some, open_weight_file
 from .names import Part, Weight
 from .safetensors_files import OutgoingTensor, write_safetensors
-from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, row_count, rows_per_block
+from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, holds_exactly, row_count, rows_per_block
 
 LAYOUTS = ("torch", "paddle")
 # What other programs want to see in a file: transformers reads "pt" only, and PaddleNLP takes "pt" for transposed.
@@ -56,6 +57,7 @@ class Checkpoint:
     """The published tensors in a directory, checked against a configuration; their values are not read yet.
 
     Attributes:
+        directory: where it is.
         layout: ``torch`` or ``paddle``, found out from the shapes.
         sources: a list of where each part of each weight is, file by file.
         dtypes: for each dtype that occurs, the number of values in it.
@@ -66,7 +68,8 @@ class Checkpoint:
     """
 
     def __init__(self, directory, config):
-        found = _scan(directory)
+        self.directory = directory
+        self._fingerprints, found = _scan(directory)
         only = getattr(config, "reads_only", "")  # a tower can be read from the file of a whole model
         found = {name: location for name, location in found.items() if name.startswith(only)}
         parts = [(weight, part) for weight in config.weight_table() for part in weight.parts]
@@ -82,7 +85,7 @@ class Checkpoint:
             embedding = next(part.name for weight, part in parts if weight.name.endswith(".embed_tokens.weight"))
             if embedding in found:
                 borrowed = [_Source(found[embedding], weight, part, False)]
-        self.layout = _check_tensors(directory, parts, found)
+        self.layout = _check_tensors(directory, parts, found, config)
         sources = [_Source(found[part.name], w, part, _by_columns(w, self.layout)) for w, part in parts] + borrowed
         # File by file, so that each is opened once; the sort is stable, so within a file in the table's order.
         self.sources = sorted(sources, key=lambda source: source.location.path)
@@ -90,16 +93,31 @@ class Checkpoint:
         for source in sources:
             self.dtypes[source.location.dtype] += math.prod(source.part.shape)
 
+    def describes(self, config):
+        """Whether a model of this configuration has these tensors and no others."""
+        parts = {part.name: part.shape for weight in config.weight_table() for part in weight.parts}
+        return parts == {source.part.name: source.part.shape for source in self.sources}
+
+    @property
+    def stored_dtypes(self):
+        """The dtype in the files of each published tensor that the model is made of, by name."""
+        return {source.part.name: source.location.dtype for source in self.sources}
+
+    def changed_files(self):
+        """Those weight files that are no longer what they were when this was made, by :func:`~.files.fingerprint`."""
+        return [path for path, before in self._fingerprints.items() if fingerprint(path) != before]
+
 
 def _by_columns(weight, layout):
     return weight.linear and layout == "paddle"
 
 
 def _scan(directory):
-    """Locations of all tensors of a checkpoint by their published names."""
+    """Fingerprints of the weight files, and locations of all tensors of a checkpoint by their published names."""
     paths, index = find_weight_files(directory)
-    found = {}
+    found, fingerprints = {}, {}
     for path in paths:
+        fingerprints[path] = fingerprint(path)
         with open_weight_file(path) as tensors:
             for key, tensor in tensors.items():
                 if _BUFFERS.search(key):
@@ -114,10 +132,10 @@ def _scan(directory):
                     f"{path} lacks {len(lost)} tensors that the index says are in it ({name_some(lost)}): "
                     "the two are not of the same checkpoint; download or copy both again"
                 )
-    return found
+    return fingerprints, found
 
 
-def _check_tensors(directory, parts, found):
+def _check_tensors(directory, parts, found, config):
     """The layout of the tensors ``found``, after checking that they are those of ``parts``."""
     for name, location in found.items():
         if location.dtype not in ARRAY_DTYPES:
@@ -143,7 +161,8 @@ def _check_tensors(directory, parts, found):
     if problems:
         lora = any("lora_" in name for name in unexpected)
         hint = "merge the LoRA weights into the model first" if lora else "take both from the same model"
-        raise CheckpointError(f"the tensors in {directory} do not fit its config.json: {'; '.join(problems)}; {hint}")
+        named = "".join(f"; {key}" for key in _contradictions(parts, found, config))
+        raise CheckpointError(f"the tensors in {directory} do not fit its config.json: {'; '.join(problems)}{named}; {hint}")
     if len(layouts) > 1:
         raise CheckpointError(
             f"{directory} mixes two layouts: {layouts['torch']} is [out, in] as in PyTorch, {layouts['paddle']} is "
@@ -151,6 +170,35 @@ def _check_tensors(directory, parts, found):
         )
     # The vision model's qkv is never square, so some shape always tells.
     return next(iter(layouts), "torch")
+
+
+def _contradictions(parts, found, config):
+    """Which sizes of the configuration the tensors contradict, as far as that can be told, for a message."""
+    sections = {name: vars(value) for name, value in vars(config).items() if dataclasses.is_dataclass(value)}
+
+    def keys(value, names=None):
+        for section, values in sections.items():
+            for key, number in values.items():
+                if number == value and not isinstance(number, bool) and (names is None or key in names):
+                    yield f"{section}.{key} is {value}"
+
+    said = {}
+    layers = re.compile(r"(.*\blayers)\.(\d+)\.")
+    depths = [Counter(), Counter()]
+    for depth, names in zip(depths, ([part.name for _, part in parts], found)):
+        for match in filter(None, map(layers.match, names)):
+            depth[match[1]] = max(depth[match[1]], int(match[2]) + 1)
+    for stack in depths[0].keys() & depths[1].keys():
+        asked, there = depths[0][stack], depths[1][stack]
+        if asked != there:
+            said.update((key, f"{key} but the files have {there} layers") for key in keys(asked, ("num_hidden_layers",)))
+    for _, part in parts:
+        there = found[part.name].shape if part.name in found else part.shape
+        if len(there) == len(part.shape) and sorted(there) != sorted(part.shape):
+            for asked, size in zip(part.shape, there):
+                if asked != size:
+                    said.update((key, f"{key} where {part.name} has {size}") for key in keys(asked) if key not in said)
+    return list(said.values())[:3]
 
 
 def _clip(runs, start, stop):
@@ -183,7 +231,7 @@ def read_parameters(config, directory, dtype):
 
     Args:
         config: the model's configuration, which has a ``weight_table()``.
-        directory: where the weight files are.
+        directory: where the weight files are; or a :class:`Checkpoint` of it.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
 
     Yields:
@@ -194,7 +242,7 @@ def read_parameters(config, directory, dtype):
         CheckpointError: see :class:`Checkpoint`; or a value does not fit into float16.
     """
     _check_choices("torch", dtype)
-    checkpoint = Checkpoint(directory, config)
+    checkpoint = directory if isinstance(directory, Checkpoint) else Checkpoint(directory, config)
     arrays, unread = {}, {source.weight.name: len(source.weight.parts) for source in checkpoint.sources}
 
     def fill(source, stored, array):
@@ -257,7 +305,7 @@ def load_checkpoint(model, directory, dtype, keep=None):
     Args:
         model: an ``InternVLChatModel``; best built under ``paddle.LazyGuard``, so that its parameters take no memory
             before. On CPU each takes over the very array that was read, so the peak is the model and a few blocks.
-        directory: where the weight files are.
+        directory: where the weight files are; or a :class:`Checkpoint` of it, made before the model was built.
         dtype: ``float32``, ``bfloat16`` or ``float16``: what the parameters become.
         keep: called with a parameter's name; where it is False the parameter gets shape and dtype alone, for training that
             divides weights over processes. None keeps all.
@@ -280,7 +328,9 @@ def load_checkpoint(model, directory, dtype, keep=None):
 # ---------------------------------------------------------------------- saving
 
 
-def save_checkpoint(model, config, directory, layout="torch", max_shard_size="5GB", dtype=None, progress=None):
+def save_checkpoint(
+    model, config, directory, layout="torch", max_shard_size="5GB", dtype=None, progress=None, stored_dtypes=None
+):
     """Write weights under their published names, as safetensors with an index where there are several files.
 
     Args:
@@ -291,6 +341,8 @@ def save_checkpoint(model, config, directory, layout="torch", max_shard_size="5G
         max_shard_size: largest file, such as ``"5GB"``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default each tensor keeps its own.
         progress: is called with the number of bytes after each block.
+        stored_dtypes: what the tensors came in, by published name (:attr:`Checkpoint.stored_dtypes`). They go back to it
+            if these dtypes hold all values exactly, as they do unless the model was trained; None for not.
 
     Raises:
         CheckpointError: parameters are missing, unexpected or of a wrong shape, or the disk refuses.
@@ -315,8 +367,26 @@ def save_checkpoint(model, config, directory, layout="torch", max_shard_size="5G
             latest[name] = value if isinstance(value, np.ndarray) else value.detach().numpy()
         return latest[name]
 
+    def is_exact(weight):
+        """Whether each part of a parameter has a dtype that it came in, and that dtype holds its values."""
+        source, array = _dtype_name(weight.name, parameters[weight.name]), fetch(weight.name)
+        outputs = array.T if weight.linear else array
+        for part in weight.parts:
+            target = stored_dtypes.get(part.name)
+            if target is None or ARRAY_DTYPES[target].itemsize > array.itemsize:
+                return False  # what memory holds in fewer bits is not what came
+            for _, output, count in part.runs if target != source else ():
+                if not holds_exactly(outputs[output : output + count], source, target):
+                    return False
+        return True
+
+    chosen = {}
+    if stored_dtypes is not None and dtype is None and all(map(is_exact, table)):
+        chosen = stored_dtypes
+
     def outgoing(weight, part):
         source = _dtype_name(weight.name, parameters[weight.name])
+        target = dtype or chosen.get(part.name, source)
         by_columns = _by_columns(weight, layout)
         shape = part.shape[::-1] if by_columns else part.shape
 
@@ -331,9 +401,9 @@ def save_checkpoint(model, config, directory, layout="torch", max_shard_size="5G
                 else:
                     for row, output in _clip(part.runs, start, stop):
                         block[row] = outputs[output]
-                yield _converted(part.name, block, source, dtype or source)
+                yield _converted(part.name, block, source, target)
 
-        return OutgoingTensor(part.name, dtype or source, shape, rows)
+        return OutgoingTensor(part.name, target, shape, rows)
 
     tensors = [outgoing(weight, part) for weight in table for part in weight.parts]
     write_safetensors(directory, tensors, _METADATA[layout], max_shard_size, progress)
@@ -360,6 +430,35 @@ def convert_checkpoint(checkpoint, directory, layout, max_shard_size="5GB", dtyp
     with _OneOpenFile() as files:
         tensors = [_converted_tensor(files, source, layout, dtype) for source in checkpoint.sources]
         write_safetensors(directory, tensors, _METADATA[layout], max_shard_size, progress)
+
+
+def save_packed(source, config, directory, layout="torch", max_shard_size="5GB"):
+    """Save a model whose weights are in a form that cannot be read back, from the files that it was loaded from.
+
+    Args:
+        source: the :class:`Checkpoint` that it was loaded from; None where nobody knows.
+        config: its configuration.
+        directory, layout, max_shard_size: as in :func:`save_checkpoint`.
+
+    Raises:
+        CheckpointError: the files have changed, or do not hold what the model holds; the disk refuses.
+    """
+    if source is None:
+        raise CheckpointError(
+            "weights packed for the CPU engine cannot be saved: load the model with engine='eager' to save it"
+        )
+    if not source.describes(config):
+        raise CheckpointError(
+            f"{source.directory} does not hold what the packed model holds, since LoRA adapters were merged or sizes changed: "
+            "load it with engine='eager' to save it, or merge it by `python -m paddlemix.models.internvl2.merge_lora`"
+        )
+    changed = source.changed_files()
+    if changed:
+        raise CheckpointError(
+            f"{changed[0]} has changed or is gone since the packed model was loaded from it, so the model cannot be saved: "
+            "put the file back, or load the model again"
+        )
+    convert_checkpoint(source, directory, layout, max_shard_size)
 
 
 class _OneOpenFile(contextlib.ExitStack):

@@ -1,11 +1,12 @@
 """The weight files of a checkpoint's directory: which there are, and their tensors."""
 
 import contextlib
-import json
+import hashlib
 import os
 import re
 
 from paddlemix.errors import CheckpointError
+from paddlemix.files import check_regular, open_regular, read_json
 
 from .pickle_files import read_paddle_pickle, read_torch_pickle
 from .safetensors_files import read_safetensors
@@ -27,14 +28,14 @@ def find_weight_files(directory):
     """
     for single, index in zip(SINGLE_FILES, INDEX_FILES):
         path = os.path.join(directory, single)
-        if os.path.isfile(path):
+        if _exists(path):
             return [path], None
         index_path = os.path.join(directory, index)
-        if not os.path.isfile(index_path):
+        if not _exists(index_path):
             continue
         weight_map = _read_index(index_path)
         paths = [os.path.join(directory, name) for name in sorted(set(weight_map.values()))]
-        missing = [os.path.basename(path) for path in paths if not os.path.isfile(path)]
+        missing = [os.path.basename(path) for path in paths if not _exists(path)]
         if missing:
             raise CheckpointError(
                 f"{directory} lacks {len(missing)} of the {len(paths)} files that {index} lists "
@@ -55,15 +56,40 @@ def find_weight_files(directory):
 
 
 def _read_index(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            weight_map = json.load(file)["weight_map"]
-        valid = bool(weight_map) and all(name == os.path.basename(name) for name in weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        valid = False
-    if not valid:
-        raise CheckpointError(f"{path} is not an index of weight files: download or copy it again")
+    weight_map = read_json(path, CheckpointError).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
+        raise CheckpointError(f"{path} is not an index of weight files (key weight_map): download or copy it again")
     return weight_map
+
+
+def _exists(path):
+    """Whether there is a file at ``path``; what stands under the name of weights but is no file is an error."""
+    try:
+        check_regular(path)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): put the checkpoint's file there") from None
+    return True
+
+
+def fingerprint(path):
+    """Digest that tells whether a file is still the same; None if it is gone.
+
+    It takes in what the system knows (times, size, place on the disk), which no program can leave as it was when it
+    writes, and samples of the contents. It costs a millisecond, where a digest of all of a large model costs seconds.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            digest.update(repr((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
+            for i in range(64):
+                digest.update(os.pread(file.fileno(), 1024, i * status.st_size // 64))
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -78,7 +104,7 @@ def open_weight_file(path):
         raise CheckpointError(f"{path} is not a known kind of weight file: {', '.join(readers)} are")
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(open(path, "rb"))
+            file = stack.enter_context(open_regular(path))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
         if file.read(24) == b"version https://git-lfs.":

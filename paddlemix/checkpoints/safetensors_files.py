@@ -13,15 +13,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from paddlemix.errors import CheckpointError
+from paddlemix.validation import Integer, Items, Text, check, shown
 
 from .tensors import ARRAY_DTYPES, contiguous
 
 _SAFETENSORS_TAGS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_ENTRY = {
+    "dtype": Text(20),
+    "shape": Items(Integer(0, 1 << 40), 0, 16),
+    "data_offsets": Items(Integer(0, 1 << 50), 2, 2),
+}
 
 
 def read_safetensors(file):
     size = os.fstat(file.fileno()).st_size
     damaged = f"{file.name} is not a valid safetensors file"
+    unreadable = f"{damaged}: its header cannot be read"
     if size < 8:
         raise CheckpointError(f"{file.name} is cut short: it has {size} bytes; download or copy it again")
     (length,) = struct.unpack("<Q", file.read(8))
@@ -40,33 +47,42 @@ def read_safetensors(file):
 
     try:
         header = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=unique)
-        header.pop("__metadata__", None)
-        entries = {
-            name: (str(entry["dtype"]), tuple(map(int, entry["shape"])), *map(int, entry["data_offsets"]))
-            for name, entry in header.items()
-        }
-        spans = [(start, stop) for _, _, start, stop in entries.values()]
     except CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{damaged}: its header cannot be read; download or copy it again") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{unreadable}; download or copy it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{unreadable} because it is no JSON object; download or copy it again")
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not entry.keys() >= _ENTRY.keys():
+            raise CheckpointError(
+                f"{unreadable} because {shown(name)} lacks {', '.join(_ENTRY)}, or one of them; download or copy it again"
+            )
+        check(entry, _ENTRY, f"{unreadable} because {shown(name)}.", CheckpointError)
 
-    end = max((stop for _, stop in spans), default=0)
+    spans = sorted((*entry["data_offsets"], name) for name, entry in header.items())
+    end = max((stop for _, stop, _ in spans), default=0)
     if size < 8 + length + end:
         raise CheckpointError(
             f"{file.name} is cut short: {8 + length + end - size} of {8 + length + end} bytes are missing; "
             "download or copy it again"
         )
-    if size > 8 + length + end or sum(stop - start for start, stop in spans) != end:
-        raise CheckpointError(f"{damaged}: its tensors do not fill it exactly; download or copy it again")
+    reached, badly = 0, f"{damaged}: its tensors do not fill it exactly"
+    for start, stop, name in spans:
+        if start != reached or stop < start:
+            problem = "overlaps another" if start < reached else "leaves a hole before it" if start > reached else "ends early"
+            raise CheckpointError(f"{badly}, {shown(name)} {problem}; download or copy it again")
+        reached = stop
+    if size > 8 + length + end:
+        raise CheckpointError(f"{badly}, {size - 8 - length - end} bytes are left over; download or copy it again")
     tensors = {}
-    for name, (tag, shape, start, stop) in entries.items():
+    for name, entry in header.items():
+        tag, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         # PaddleNLP tags bfloat16 as what NumPy holds it in.
         dtype = "bfloat16" if tag == "U16" else _SAFETENSORS_TAGS.get(tag, tag)
-        if start < 0 or min(shape, default=0) < 0:
-            raise CheckpointError(f"{damaged}: the place of {name} is impossible; download or copy it again")
         if dtype in ARRAY_DTYPES and stop - start != math.prod(shape) * ARRAY_DTYPES[dtype].itemsize:
-            raise CheckpointError(f"{damaged}: shape and size of {name} contradict; download or copy it again")
+            raise CheckpointError(f"{damaged}: shape and size of {shown(name)} contradict; download or copy it again")
         tensors[name] = contiguous(file, dtype, shape, 8 + length + start)
     return tensors
 

@@ -46,8 +46,21 @@ def convert_dtype(array, source, target):
             raise OverflowError("a value is beyond the range of float16") from None
     bits = np.ascontiguousarray(array).view(np.uint32)
     rounded = ((bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16).astype(np.uint16)
-    # Rounding carries the bits of some NaNs into infinity: keep them NaN by setting the quiet bit.
-    return np.where(np.isnan(array), ((bits >> 16) | 0x40).astype(np.uint16), rounded)
+    # Rounding carries the bits of some NaNs into infinity. Those that came from bfloat16 are exact as they are; others are
+    # kept NaN by setting the quiet bit.
+    lost = np.where(bits & 0xFFFF, 0x40, 0)
+    return np.where(np.isnan(array), ((bits >> 16) | lost).astype(np.uint16), rounded)
+
+
+def holds_exactly(array, source, target):
+    """Whether dtype ``target`` holds the values of ``array``, of dtype ``source``, without rounding; arguments as above."""
+    try:
+        there = convert_dtype(array, source, target)
+    except OverflowError:
+        return False
+    back = convert_dtype(there, target, source)
+    dtype = np.dtype(f"u{array.itemsize}")  # NaN is not equal to itself, and zeros have signs
+    return np.array_equal(*(np.ascontiguousarray(values).view(dtype) for values in (array, back)))
 
 
 @dataclass(frozen=True)

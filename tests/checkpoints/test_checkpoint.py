@@ -24,7 +24,13 @@ from paddlemix.checkpoints import OutgoingTensor, convert_dtype, parse_size
 from paddlemix.checkpoints import write_safetensors as write_files
 from paddlemix.errors import CheckpointError
 from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
-from paddlemix.models.internvl2.checkpoint import load_checkpoint, parameter_shapes, read_parameters, save_checkpoint
+from paddlemix.models.internvl2.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    parameter_shapes,
+    read_parameters,
+    save_checkpoint,
+)
 from tests.conftest import FAMILIES, REFERENCE
 
 DEMO = Path(__file__).parents[2] / "paddlemix" / "demo_model"
@@ -565,7 +571,7 @@ def test_directory_without_weights(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     assert "is not an index" in message_of(read_all, config, tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    assert "is not an index" in message_of(read_all, config, tmp_path)
+    assert "holds no JSON object" in message_of(read_all, config, tmp_path)
 
 
 def test_missing_and_wrong_shards(tmp_path):
@@ -619,12 +625,45 @@ def test_headers_that_lie(tmp_path):
     assert "contradict" in attempt({"a": entry | {"shape": [3]}})
     assert "contradict" in attempt({"a": entry | {"dtype": "BF16"}})
     assert "do not fill" in attempt({"a": entry, "b": entry})
-    assert "impossible" in attempt({"a": entry | {"shape": [-1, -2]}})
-    assert "impossible" in attempt(
+    assert "'a'.shape is [-1, -2]: it must be" in attempt({"a": entry | {"shape": [-1, -2]}})
+    assert "'a'.data_offsets is [-8, 8]: it must be" in attempt(
         {"a": entry | {"data_offsets": [-8, 8], "shape": [4]}, "b": entry | {"data_offsets": [8, 0]}}
     )
+    for key, values in {
+        "shape": ("2", ["2"], [2.0], [True], [None], 2, [1 << 60], [1] * 17, {}),
+        "dtype": (1, None, ["F32"], "F" * 30),
+        "data_offsets": ("08", [0], [0, 8, 16], [0.0, 8.0], [False, 8], [0, 1 << 60], None),
+    }.items():
+        for value in values:
+            assert f"'a'.{key} is " in attempt({"a": entry | {key: value}})
+    # Each adds up to the file's size.
+    assert "'b' overlaps" in attempt({"a": entry, "b": entry | {"data_offsets": [4, 12]}}, b"\0" * 12)
+    assert "'b' leaves a hole" in attempt({"a": entry, "b": entry | {"data_offsets": [12, 20]}}, b"\0" * 20)
+    assert "cut short" in attempt({"a": entry, "b": entry | {"data_offsets": [8, 1 << 40]}})
+    assert "of dtype I8" in attempt({"a": entry | {"dtype": "I8"}})
     text = json.dumps(entry)
     assert "twice" in attempt(f'{{"a": {text}, "a": {text}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "words"),
+    [
+        ("llm_config", "num_hidden_layers", 1024, "llm_config.num_hidden_layers is 1024 but the files have 3 layers"),
+        ("vision_config", "num_hidden_layers", 2, "vision_config.num_hidden_layers is 2 but the files have 3 layers"),
+        ("llm_config", "vocab_size", 1 << 21, "llm_config.vocab_size is 2097152"),
+        ("llm_config", "hidden_size", 1 << 16, "llm_config.hidden_size is 65536"),
+        ("llm_config", "intermediate_size", 1 << 17, "llm_config.intermediate_size is 131072"),
+        ("vision_config", "intermediate_size", 1 << 17, "vision_config.intermediate_size is 131072"),
+        ("vision_config", "hidden_size", 1 << 17, "vision_config.hidden_size is 131072"),
+    ],
+)
+def test_sizes_that_the_weights_contradict_are_named(part, key, value, words):
+    """Before a model is built: this one would take terabytes."""
+    values = config_of("qwen2").to_dict()
+    values[part][key] = value
+    config = InternVLChatConfig.from_dict(values)
+    message = message_of(Checkpoint, REFERENCE / "qwen2" / "checkpoint", config)
+    assert words in message and "config.json" in message
 
 
 def test_tensors_that_do_not_fit_are_named(qwen2):
@@ -801,7 +840,7 @@ def test_loading_peaks_below_the_model_and_one_shard(tmp_path):
     program = (
         "import re, sys, paddle\n"
         "from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel\n"
-        "from paddlemix.models.internvl2.checkpoint import load_checkpoint\n"
+        "from paddlemix.models.internvl2.checkpoint import Checkpoint, load_checkpoint\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         "config = InternVLChatConfig.from_pretrained(sys.argv[1])\n"
         "with paddle.LazyGuard(): model = InternVLChatModel(config)\n"

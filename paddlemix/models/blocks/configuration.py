@@ -240,8 +240,3 @@ class LanguageConfig(Config):
         uses_window = self.family == "Phi3ForCausalLM" or self.extra.get("use_sliding_window", False)
         window = self.extra.get("sliding_window") if uses_window else None
         return min(length, window) if window else length
-
-
-def check_divides(part, hidden_size, heads):
-    if hidden_size % heads:
-        raise ConfigError(f"{part}.hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({heads})")

@@ -2,8 +2,8 @@
 
 Paddle's eager mode has no bfloat16 arithmetic on CPU and computes attention, softmax and GELU slowly. :func:`fuse` packs
 the weights of each block for the kernels of ``paddlemix.kernels.cpu``, in bfloat16 or float32, and frees the originals;
-activations stay float32 tensors, so that everything around the blocks works as before. A fused model answers, but can
-neither be trained nor saved.
+activations stay float32 tensors, so that everything around the blocks works as before. A fused model answers, but cannot
+be trained, and is saved from the files that it came from.
 """
 
 import paddle
@@ -11,7 +11,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from paddlemix import device
-from paddlemix.errors import CheckpointError, DeviceError
+from paddlemix.errors import DeviceError
 from paddlemix.kernels import cpu as kernels
 
 ENGINES = ("auto", "eager", "inference")
@@ -84,13 +84,9 @@ def fuse(model, dtype):
     language.model.norm = _Norm(language.model.norm)
     language.lm_head = _Linear(language.lm_head, dtype)
     language.cache_dtype = dtype  # attention rounds keys and values to it anyway
-    model.save_pretrained = _refuse_to_save
+    model.packed, model.source = True, None  # who knows where the weights came from says so again
     model.vision_batch = 1  # a tile's activations fit the cache; more at a time only cost memory
     model.eval()
-
-
-def _refuse_to_save(*_, **__):
-    raise CheckpointError("weights packed for the CPU engine cannot be saved: load the model with engine='eager' to save it")
 
 
 def _norm(layer):

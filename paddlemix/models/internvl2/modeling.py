@@ -1,13 +1,12 @@
 """InternVLChatModel: pictures and text in, text or a loss out."""
 
 import hashlib
-import os
 
 import numpy as np
 import paddle
 from paddle import nn
 
-from paddlemix.checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from paddlemix.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_packed
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.errors import ConfigError, PromptError
 from paddlemix.models.blocks.chat import ChatSession, batch_chat
@@ -42,6 +41,8 @@ class InternVLChatModel(nn.Layer):
 
     # Tiles that go through the vision tower at once without gradients; more cost memory and save no time on CPU.
     vision_batch = 4
+    packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
+    source = None  # the Checkpoint that the weights were loaded from
 
     def __init__(self, config):
         super().__init__()
@@ -70,20 +71,36 @@ class InternVLChatModel(nn.Layer):
         """
         directory = resolve(name_or_path)
         config = InternVLChatConfig.from_pretrained(directory)
+        source = Checkpoint(directory, config)  # before anything is built: a configuration can ask for any size
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
             model = cls(config)
         engine, dtype = choose(engine, dtype, count_parameters(model))
-        load_checkpoint(model, directory, dtype, keep)
+        load_checkpoint(model, source, dtype, keep)
         model.eval()
         if engine == "inference":
             merge_lora(model)
             fuse(model, dtype)
+        model.source = source
         return model
 
     def save_pretrained(self, directory, layout="torch", max_shard_size="5GB"):
-        """Write configuration and weights; ``layout`` is ``torch`` (readable by every InternVL engine) or ``paddle``."""
-        os.makedirs(directory, exist_ok=True)
-        save_checkpoint(self, self.config, directory, layout=layout, max_shard_size=max_shard_size)
+        """Write configuration and weights, in the dtype that they were loaded from if it holds them exactly.
+
+        A model that is packed for the CPU engine is written from the files that it was loaded from.
+
+        Args:
+            directory: is made if it does not exist.
+            layout: ``torch`` (readable by every InternVL engine) or ``paddle``.
+            max_shard_size: largest file, such as ``"5GB"``.
+
+        Raises:
+            CheckpointError: the model is packed and its files have changed or do not hold what it holds; the disk refuses.
+        """
+        if self.packed:
+            save_packed(self.source, self.config, directory, layout, max_shard_size)
+        else:
+            dtypes = self.source.stored_dtypes if self.source else None
+            save_checkpoint(self, self.config, directory, layout=layout, max_shard_size=max_shard_size, stored_dtypes=dtypes)
         self.config.save(directory)
 
     # ------------------------------------------------------------------ pictures

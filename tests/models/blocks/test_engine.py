@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,12 +10,14 @@ import numpy as np
 import paddle
 import pytest
 
+from paddlemix.checkpoints import find_weight_files, open_weight_file, save_checkpoint
 from paddlemix.errors import CheckpointError, DeviceError
 from paddlemix.examples.internvl2 import chat_demo
 from paddlemix.kernels import cpu as kernels
-from paddlemix.models.blocks.engine import choose
+from paddlemix.models.blocks.engine import choose, fuse
 from paddlemix.models.blocks.generation import new_cache
 from paddlemix.models.blocks.language import KVCache
+from paddlemix.models.blocks.lora import add_adapters
 from paddlemix.models.internvl2 import ChatSession, InternVLChatModel
 from tests.conftest import FAMILIES, assert_close, load_reference, tiles
 
@@ -123,10 +126,86 @@ def test_keys_and_values_are_kept_in_the_dtype_that_attention_rounds_them_to():
         assert np.array_equal(half, full)
 
 
-def test_a_fused_model_says_why_it_cannot_be_saved(tmp_path):
+def stored(directory):
+    """Every tensor of a checkpoint as its own bytes: ``{name: (dtype, shape, bytes)}``."""
+    tensors = {}
+    for path in find_weight_files(str(directory))[0]:
+        with open_weight_file(path) as file:
+            for name, tensor in file.items():
+                tensors[name] = tensor.dtype, tensor.shape, tensor.read(0, tensor.shape[0]).tobytes()
+    return tensors
+
+
+@pytest.mark.parametrize("engine", ["inference", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_was_loaded_is_saved_bit_by_bit(family, engine, tmp_path):
+    """Whatever the engine holds it in (packed, float32), the files have what came, and as it came: bfloat16."""
+    path = load_reference(family).path
+    model = InternVLChatModel.from_pretrained(str(path), dtype="float32", engine=engine)
+    model.save_pretrained(str(tmp_path / "saved"), max_shard_size="100KB")
+    assert stored(tmp_path / "saved") == stored(path)
+    again = InternVLChatModel.from_pretrained(str(tmp_path / "saved"), dtype="float32", engine="eager")
+    assert again.config == model.config
+    model.save_pretrained(str(tmp_path / "saved"))  # one file in place of many
+    assert stored(tmp_path / "saved") == stored(path)
+
+
+@pytest.mark.parametrize("engine", ["inference", "eager"])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_other_dtypes_come_back_too(dtype, engine, tmp_path):
+    path = str(load_reference("qwen2").path)
+    model = InternVLChatModel.from_pretrained(path, dtype="float32", engine="eager")
+    head = model.language_model.lm_head.weight
+    head.set_value(paddle.to_tensor(np.full(head.shape, 1 / 3, "float32").astype(dtype).astype("float32")))
+    save_checkpoint(model, model.config, str(tmp_path / "source"), dtype=dtype)
+    model.config.save(str(tmp_path / "source"))
+    again = InternVLChatModel.from_pretrained(str(tmp_path / "source"), dtype="float32", engine=engine)
+    again.save_pretrained(str(tmp_path / "saved"))
+    assert {tag for tag, *_ in stored(tmp_path / "saved").values()} == {dtype}
+    assert stored(tmp_path / "saved") == stored(tmp_path / "source")
+
+
+def test_trained_weights_keep_their_precision(tmp_path):
+    """A third is no bfloat16: nothing is rounded back to what was loaded, in no parameter."""
+    model = InternVLChatModel.from_pretrained(str(load_reference("qwen2").path), dtype="float32", engine="eager")
+    head = model.language_model.lm_head.weight
+    head.set_value(paddle.full_like(head, 1 / 3))
+    model.save_pretrained(str(tmp_path))
+    assert {tag for tag, *_ in stored(tmp_path).values()} == {"float32"}
+    tag, shape, content = stored(tmp_path)["language_model.lm_head.weight"]
+    assert np.all(np.frombuffer(content, "f4") == np.float32(1 / 3))
+
+
+def test_a_packed_model_whose_files_changed_says_so(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(load_reference("qwen2").path, source)
+    model = InternVLChatModel.from_pretrained(str(source), dtype="float32", engine="inference")
+    (weights,) = source.glob("*.safetensors")
+    before = weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))  # size and time of change are what they were
+    with pytest.raises(CheckpointError, match=f"{weights} has changed"):
+        model.save_pretrained(str(tmp_path / "saved"))
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="or is gone"):
+        model.save_pretrained(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_packed_model_with_merged_adapters_says_what_to_do(tmp_path):
+    reference = load_reference("qwen2")
+    model = InternVLChatModel.from_pretrained(str(reference.path), dtype="float32", engine="eager")
+    model.config.use_llm_lora = 2
+    add_adapters(model)
+    model.save_pretrained(str(tmp_path / "source"))
+    packed = InternVLChatModel.from_pretrained(str(tmp_path / "source"), dtype="float32", engine="inference")
+    with pytest.raises(CheckpointError, match="adapters were merged.*engine='eager'.*merge_lora"):
+        packed.save_pretrained(str(tmp_path / "saved"))
+    fuse(model, "float32")  # by hand, of who knows what
     with pytest.raises(CheckpointError, match="engine='eager'"):
-        fused("qwen2", "float32").save_pretrained(str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
+        model.save_pretrained(str(tmp_path / "saved"))
 
 
 @pytest.mark.parametrize("engine, dtype, message", [("turbo", "auto", "'turbo'"), ("inference", "float16", "float16")])
