@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from paddlemix.arrays import host_array
 from paddlemix.errors import DataError
 
 KS = (1, 5, 10)
@@ -24,7 +25,7 @@ def retrieval_recalls(similarity, picture_of_text, ks=KS):
     Raises:
         DataError: the sizes do not fit, or a score is not a number.
     """
-    similarity = np.asarray(similarity)
+    similarity = host_array(similarity, "similarity")
     if similarity.ndim != 2:
         raise DataError(f"similarity must be [pictures, texts], not of shape {list(similarity.shape)}")
     owner = _owners(picture_of_text, *similarity.shape)
@@ -39,16 +40,16 @@ def feature_recalls(images, texts, picture_of_text, ks=KS):
         texts: ``[texts, E]``.
     """
     owner = _owners(picture_of_text, len(images), len(texts))
-    texts = np.asarray(texts, "float32")
+    texts = host_array(texts, "texts").astype("float32")
 
     def block(start, stop):
-        return np.asarray(images[start:stop], "float32") @ texts.T
+        return host_array(images[start:stop], "images").astype("float32") @ texts.T
 
     return _recalls(block, len(images), len(texts), owner, ks)
 
 
 def _owners(picture_of_text, pictures, texts):
-    owner = np.asarray(picture_of_text)
+    owner = host_array(picture_of_text, "picture_of_text")
     if owner.shape != (texts,) or owner.dtype.kind not in "iu":
         raise DataError(f"picture_of_text must be a whole number for each of the {texts} texts")
     if texts == 0 or pictures == 0 or owner.min() < 0 or owner.max() >= pictures:
@@ -91,7 +92,7 @@ def dual_softmax(scores):
         (text to clip ``[texts, clips]``: scores times their softmax over texts; clip to text ``[clips, texts]``: the
         transposed scores times their softmax over clips).
     """
-    scores = np.asarray(scores, "float64")
+    scores = host_array(scores, "scores").astype("float64")
     return scores * _softmax(scores), scores.T * _softmax(scores.T)
 
 

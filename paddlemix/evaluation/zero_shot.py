@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from paddlemix.arrays import host_array
 from paddlemix.errors import DataError
 from paddlemix.files import read_regular
 
@@ -54,7 +55,7 @@ def accuracy(scores, labels):
     Raises:
         DataError: sizes do not fit, or a score is not a number.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels)
+    scores, labels = host_array(scores, "scores"), host_array(labels, "labels")
     if scores.ndim != 2 or labels.shape != scores.shape[:1] or not len(labels):
         raise DataError(f"scores {list(scores.shape)} and labels {list(labels.shape)} do not fit each other")
     if not np.isfinite(scores).all():

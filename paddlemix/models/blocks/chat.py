@@ -11,6 +11,7 @@ from paddlemix.errors import PromptError
 
 from .conversation import IMAGE_PLACEHOLDER, insert_image_tokens
 from .generation import GenerationConfig, TextStream, generate_tokens, new_cache
+from .inputs import host_list, split_pictures
 
 
 class ChatSession:
@@ -51,14 +52,14 @@ class ChatSession:
         Args:
             question: text; each ``<image>`` marks a picture of this round. In a first round without marks, one is put in
                 front.
-            pixel_values: ``[T, 3, height, width]`` of this round's pictures, or None.
+            pixel_values: ``[T, 3, height, width]`` of this round's pictures, or a list of such arrays, or None.
             generation_config: a :class:`~.generation.GenerationConfig` or a dictionary.
-            num_patches_list: tiles of each picture; None for one picture of all tiles.
+            num_patches_list: tiles of each picture; None for one picture of all tiles, or one for each array of a list.
 
         Raises:
             PromptError: pictures and marks differ in number, a reserved token is in the text, or the prompt is too long.
         """
-        counts = _tiles_of_pictures(pixel_values, num_patches_list)
+        pixel_values, counts = split_pictures(pixel_values, num_patches_list)
         question = _mark_picture(question, self.history, counts)
         per_tile = self.model.config.num_image_token
         known = [f.shape[0] for f in self._features]
@@ -157,11 +158,12 @@ def batch_chat(
     Args:
         model: an :class:`~.modeling.InternVLChatModel`.
         tokenizer: from :func:`~.tokenization.load_tokenizer`.
-        pixel_values: ``[T, 3, height, width]`` of all pictures of all conversations in order, or None.
+        pixel_values: ``[T, 3, height, width]`` of all pictures of all conversations in order, or None; or a list with an
+            entry for each conversation: the array of its picture, a list of arrays, or None.
         questions: one text for each conversation.
         generation_config: a :class:`~.generation.GenerationConfig` or a dictionary.
         num_patches_list: for each conversation, the tiles of its picture (a number) or of each of its pictures (a list);
-            an empty list for text alone. None: one picture of one tile for each.
+            an empty list for text alone. None: one picture of one tile for each, or what a list of pixels has.
         history: for each conversation, None or ``[(question, answer), ...]``.
         return_history: return ``(answers, histories)`` instead of the answers.
 
@@ -171,6 +173,11 @@ def batch_chat(
     model.set_tokenizer(tokenizer)
     template = model.template()
     histories = [[tuple(turn) for turn in turns or []] for turns in (history or [None] * len(questions))]
+    if isinstance(pixel_values, (list, tuple)):
+        parts = [split_pictures(part) for part in pixel_values]
+        if num_patches_list is None:
+            num_patches_list = [tiles for _, tiles in parts]
+        pixel_values = [part for part, _ in parts if part is not None]
     if num_patches_list is None:
         num_patches_list = [1 if pixel_values is not None else []] * len(questions)
     if not len(questions) == len(num_patches_list) == len(histories):
@@ -180,8 +187,8 @@ def batch_chat(
         )
     if not questions:
         return ([], []) if return_history else []
-    counts = [[n] if isinstance(n, (int, np.integer)) else list(n) for n in num_patches_list]
-    _tiles_of_pictures(pixel_values, [n for row in counts for n in row])
+    counts = [[n] if isinstance(n, (int, np.integer)) else host_list(n) for n in num_patches_list]
+    pixel_values, _ = split_pictures(pixel_values, [n for row in counts for n in row])
 
     questions = list(questions)
     prompts = []
@@ -234,15 +241,6 @@ def _without_first(features, count):
             parts.append(part[count:])
         count = max(0, count - part.shape[0])
     return paddle.concat(parts) if parts else None
-
-
-def _tiles_of_pictures(pixel_values, num_patches_list):
-    """Tiles of each picture as a list, checked against the tiles that there are."""
-    total = 0 if pixel_values is None else len(pixel_values)
-    counts = ([total] if total else []) if num_patches_list is None else [int(n) for n in num_patches_list]
-    if sum(counts) != total:
-        raise PromptError(f"num_patches_list counts {sum(counts)} tiles but pixel_values has {total}")
-    return counts
 
 
 def _mark_picture(question, history, counts):

@@ -7,6 +7,9 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from paddlemix.arrays import host_array
+from paddlemix.errors import PromptError
+
 from .layers import take_rows
 
 
@@ -52,11 +55,16 @@ def chunked_causal_loss(head, hidden, labels, weight=None, chunk=512):
         A float32 scalar: ``sum(weight * loss) / sum(weight)`` over labelled tokens, or 0 where none is labelled. Written
         out because Paddle 3.3's own mean divides by ignored tokens too.
     """
-    labels = np.asarray(labels)
+    labels = host_array(labels, "labels")
+    if labels.shape != tuple(hidden.shape[:2]):
+        raise PromptError(f"labels are {list(labels.shape)}, but the prompt is {list(hidden.shape[:2])}: they must be alike")
     places = np.flatnonzero(labels[:, 1:] >= 0)
     rows, columns = np.divmod(places, labels.shape[1] - 1)
     targets = labels[rows, columns + 1].astype("int64")
-    weight = np.ones(len(places), "float32") if weight is None else np.asarray(weight, "float32")[rows, columns + 1]
+    if weight is None:
+        weight = np.ones(len(places), "float32")
+    else:
+        weight = host_array(weight, "loss_weight").astype("float32")[rows, columns + 1]
     if not weight.sum():
         return hidden.sum().astype("float32") * 0  # still reaches the parameters, as every rank must
     flat = take_rows(hidden.reshape([-1, hidden.shape[-1]]), rows * labels.shape[1] + columns)

@@ -11,6 +11,9 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from paddlemix.errors import PromptError
+
+from .inputs import as_tiles
 from .layers import LayerNorm, Linear, RMSNorm, attention
 
 
@@ -51,6 +54,7 @@ class VisionEmbeddings(nn.Layer):
         super().__init__()
         normal = nn.initializer.Normal(std=1.0)  # as the original's: patches begin at about that size
         width, patch = config.hidden_size, config.patch_size
+        self.config = config
         self.native_grid = (config.image_size // patch,) * 2
         self.patch_embedding = PatchEmbedding(config.num_channels, width, patch)
         self.class_embedding = self.create_parameter([1, 1, width], default_initializer=normal)
@@ -70,6 +74,11 @@ class VisionEmbeddings(nn.Layer):
 
     def forward(self, pixel_values):
         """``[T, 3, height, width] -> [T, 1 + P, D]``."""
+        pixel_values, patch = as_tiles(pixel_values), self.config.patch_size
+        if pixel_values.shape[2] % patch or pixel_values.shape[3] % patch:
+            raise PromptError(
+                f"pixel_values are {pixel_values.shape[3]}x{pixel_values.shape[2]} pixels: sides must be multiples of {patch}"
+            )
         patches = self.patch_embedding(pixel_values)
         tiles, rows, columns, width = patches.shape
         tokens = patches.reshape([tiles, rows * columns, width])

@@ -5,6 +5,7 @@ import os
 import numpy as np
 import paddle
 
+from paddlemix.arrays import host_array
 from paddlemix.checkpoints import resolve
 from paddlemix.errors import ConfigError
 from paddlemix.processors.transforms import TASKS, transform
@@ -15,7 +16,7 @@ from .tokenization import load_tokenizer
 
 def unit(features):
     """``features [..., E]`` with length 1, float32."""
-    features = np.asarray(features, "float32")
+    features = host_array(features, "features").astype("float32")
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 

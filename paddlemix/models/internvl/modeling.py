@@ -11,10 +11,12 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from paddlemix.arrays import host_array
 from paddlemix.checkpoints import load_checkpoint, resolve, save_checkpoint
 from paddlemix.errors import PromptError
 from paddlemix.models.blocks.engine import choose
 from paddlemix.models.blocks.generation import GenerationConfig, generate_tokens, new_cache
+from paddlemix.models.blocks.inputs import pixel_tensor
 from paddlemix.models.blocks.language import LanguageModel
 from paddlemix.models.blocks.layers import AttentionMask, Linear, count_parameters, take_rows
 from paddlemix.models.blocks.lora import add_adapters, merge_lora
@@ -297,18 +299,15 @@ class InternVLModel(nn.Layer):
 def _pixels(image):
     """A tensor of pictures, checked."""
     if not isinstance(image, paddle.Tensor):
-        array = np.asarray(image)
-        image = paddle.to_tensor(array.astype("float32") if array.dtype.kind == "f" else array)
+        image = host_array(image, "pictures")
     if image.ndim != 4 or image.shape[1] != 3:
         raise PromptError(f"pictures must be [number, 3, height, width], not {list(image.shape)}")
-    if not image.is_floating_point():
-        raise PromptError("pictures must be normalised pixels, as transform() returns them, not whole numbers")
-    return image
+    return pixel_tensor(image, "pictures")
 
 
 def _ids(values):
     """An int64 array ``[B, N]`` of ids or of a mask, on the host."""
-    array = np.asarray(values)
+    array = host_array(values, "token ids and masks")
     if array.ndim != 2 or array.dtype.kind not in "iub":
         raise PromptError(f"token ids and masks must be whole numbers [rows, tokens], not {array.dtype} {list(array.shape)}")
     return array.astype("int64")

@@ -6,12 +6,14 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from paddlemix.arrays import host_array
 from paddlemix.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, save_packed
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.errors import ConfigError, PromptError
 from paddlemix.models.blocks.chat import ChatSession, batch_chat
 from paddlemix.models.blocks.engine import choose, fuse
 from paddlemix.models.blocks.generation import GenerationConfig, generate_tokens
+from paddlemix.models.blocks.inputs import checked_pixels, padding_mask, pixel_tensor, token_ids
 from paddlemix.models.blocks.language import LanguageModel
 from paddlemix.models.blocks.layers import AttentionMask, count_parameters, take_rows
 from paddlemix.models.blocks.lora import add_adapters, merge_lora
@@ -109,14 +111,20 @@ class InternVLChatModel(nn.Layer):
         """Features of tiles, ready to take the place of context tokens.
 
         Args:
-            pixel_values: ``[T, 3, height, width]``, normalised; a tensor or an array.
+            pixel_values: ``[T, 3, height, width]``, normalised; a tensor or an array of any floating point dtype, one tile, or
+                a list of either (see :func:`~paddlemix.models.blocks.inputs.pixel_tiles`).
 
         Returns:
             ``[T, num_image_token, D]``. Without gradients, equal tiles are computed once, a few tiles at a time.
+
+        Raises:
+            PromptError: the pixels have another shape, size or dtype, or are not normalised.
         """
         if paddle.is_grad_enabled() and self.training:
-            return self._extract_feature(paddle.to_tensor(pixel_values))
-        pixels = np.asarray(pixel_values, dtype="float32")
+            return self._extract_feature(pixel_tensor(pixel_values))
+        pixels = checked_pixels(pixel_values)
+        if not len(pixels):
+            raise PromptError("pixel_values has no tiles: give None for a prompt without pictures")
         first, places = {}, []  # blank frames and repeated pictures cost nothing
         for i, tile in enumerate(pixels):
             key = hashlib.blake2b(np.ascontiguousarray(tile)).digest()
@@ -132,8 +140,14 @@ class InternVLChatModel(nn.Layer):
 
     def _extract_feature(self, pixel_values):
         config = self.config
-        patch = config.vision_config.patch_size
-        rows, columns = (side // patch for side in pixel_values.shape[2:])
+        patch, step = config.vision_config.patch_size, round(1 / config.downsample_ratio)
+        height, width = pixel_values.shape[2:]
+        if height % (patch * step) or width % (patch * step):
+            raise PromptError(
+                f"pixel_values are {width}x{height} pixels: sides must be multiples of {patch * step}; this model's tiles are "
+                f"{config.image_size}x{config.image_size} (input_size of load_image)"
+            )
+        rows, columns = height // patch, width // patch
         x = self._patches(pixel_values)[:, 1:]  # without the class token
         x = x.reshape([x.shape[0], rows, columns, x.shape[-1]])
         x = pixel_shuffle(x, config.downsample_ratio, config.ps_version)
@@ -159,9 +173,9 @@ class InternVLChatModel(nn.Layer):
             features: ``[number of context tokens, D]`` in reading order, or None.
 
         Raises:
-            PromptError: context tokens and features differ in number.
+            PromptError: context tokens and features differ in number, or ids are not of this model.
         """
-        ids = np.asarray(input_ids)
+        ids = token_ids(input_ids, self.config.llm_config.vocab_size)
         embeds = self.language_model.embed(paddle.to_tensor(ids))
         places = np.flatnonzero(ids == self.img_context_token_id) if self.img_context_token_id is not None else ids[:0]
         count = 0 if features is None else features.shape[0]
@@ -212,7 +226,10 @@ class InternVLChatModel(nn.Layer):
         if pixel_values is not None:
             features = self.extract_feature(pixel_values)
             if image_flags is not None:
-                used = np.flatnonzero(np.asarray(image_flags).reshape(-1))
+                flags = host_array(image_flags, "image_flags").reshape(-1)
+                if len(flags) != features.shape[0]:
+                    raise PromptError(f"image_flags has {len(flags)} values but pixel_values {features.shape[0]} tiles")
+                used = np.flatnonzero(flags)
                 # Keep every rank's graph the same: a batch without pictures still reaches the vision parameters.
                 unused = features.sum() * 0 if used.size == 0 else None
                 features = take_rows(features, used) if used.size else None
@@ -251,19 +268,30 @@ class InternVLChatModel(nn.Layer):
             PromptError: the prompt is too long, or context tokens and features differ in number.
         """
         config = GenerationConfig.of(generation_config, **options)
+        ids = token_ids(input_ids, self.config.llm_config.vocab_size)
+        mask, starts = padding_mask(attention_mask, ids.shape), None
         if visual_features is None and pixel_values is not None:
             visual_features = self.extract_feature(pixel_values)
-        features = None if visual_features is None else visual_features.reshape([-1, visual_features.shape[-1]])
-        ids = np.asarray(input_ids)
-        starts = None
-        if attention_mask is not None:
-            mask = np.asarray(attention_mask)
+        features = None if visual_features is None else self._flat_features(visual_features)
+        if mask is not None:
             starts = mask.shape[1] - mask.sum(1)
             if (mask != (np.arange(mask.shape[1]) >= starts[:, None])).any():
                 raise PromptError("attention_mask must have its zeros at the left: pad prompts on the left to generate")
         config = self.fit_context(config, ids.shape[1])
         steps = generate_tokens(self.language_model, self.embed(ids, features), config, starts)
         return paddle.to_tensor(np.stack(list(steps), axis=1))
+
+    def _flat_features(self, visual_features):
+        """``[number of context tokens, D]`` of features ``[..., D]``, a tensor or an array of any floating point dtype."""
+        features, width = visual_features, self.config.llm_config.hidden_size
+        if not isinstance(features, paddle.Tensor):
+            features = paddle.to_tensor(host_array(features, "visual_features"))
+        if not features.is_floating_point() or features.ndim < 2 or features.shape[-1] != width:
+            raise PromptError(
+                f"visual_features must be [tiles, {self.config.num_image_token}, {width}] as extract_feature returns them, not "
+                f"{list(features.shape)}"
+            )
+        return features.reshape([-1, width])
 
     def fit_context(self, config, prompt_length):
         """``config`` with ``max_new_tokens`` cut to what the context has room for after ``prompt_length`` tokens.
