@@ -1,10 +1,12 @@
 """The console command ``paddlemix``: one table of its subcommands, each of which is the same code as its script.
 
-A new command is an entry of :data:`COMMANDS`. Nothing of a command is imported before it is asked for.
+A new command is an entry of :data:`COMMANDS`. Nothing of a command is imported before it is asked for. Where argcomplete is
+installed, ``eval "$(register-python-argcomplete paddlemix)"`` completes commands and their flags.
 """
 
 import argparse
 import importlib
+import os
 import sys
 from typing import NamedTuple
 
@@ -55,6 +57,10 @@ class Parser(argparse.ArgumentParser):
             kwargs["prog"] = _running
         super().__init__(*args, **kwargs)
 
+    def parse_args(self, args=None, namespace=None):
+        _complete(self)
+        return super().parse_args(args, namespace)
+
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args([self._known_spelling(argument) for argument in args], namespace)
@@ -81,10 +87,32 @@ def contents():
     return "\n".join([*lines, "", "paddlemix COMMAND --help tells the flags of a command; paddlemix --version the version."])
 
 
+def _complete(parser):
+    """Where a shell asks what a word could go on with, answer from ``parser`` and end the process."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete  # is here, since its own script asks
+
+        argcomplete.autocomplete(parser)
+
+
+def _complete_contents():
+    """Answer a shell that asks about the first word; for later ones, put the command in the place of the program."""
+    line = os.environ["COMP_LINE"][: int(os.environ.get("COMP_POINT") or len(os.environ["COMP_LINE"]))]
+    words = f"{line}|".split()  # the cursor, so that a blank before it ends a word
+    if len(words) > 2:
+        os.environ["_ARGCOMPLETE"] = str(int(os.environ["_ARGCOMPLETE"]) + 1)
+        return words[1:2]
+    parser = argparse.ArgumentParser(prog="paddlemix")
+    parser.add_argument("command", choices=[name for group in COMMANDS.values() for name in group])
+    return _complete(parser)
+
+
 def main(argv=None):
     """Run the subcommand that ``argv``, by default the command line, names."""
     global _running
     argv = sys.argv[1:] if argv is None else list(argv)
+    if "_ARGCOMPLETE" in os.environ:
+        argv = _complete_contents()
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(contents())
         return None
@@ -100,26 +128,16 @@ def main(argv=None):
         raise SystemExit(2)
     _running = f"paddlemix {name}"
     sys.argv = [_running, *argv[1:]]
+    return _run(known[name])
+
+
+def _run(command):
     try:
-        module = importlib.import_module(known[name].module)
+        return importlib.import_module(command.module).main()
     except ModuleNotFoundError as error:
-        raise SystemExit(missing(error, known[name].extra)) from None
-    return module.main()
+        from paddlemix.extras import missing
 
-
-def missing(error, extra):
-    """What to install, in one sentence, when a module was not found.
-
-    Raises:
-        ModuleNotFoundError: it is one of this package's own, which installing mends nothing about.
-    """
-    package = (error.name or "").split(".")[0]
-    if package == __package__:
-        raise error
-    if package == "paddle":
-        return "error: PaddlePaddle is not installed: pip install 'paddlemix[cpu]', or see paddlemix doctor for GPU and NPU"
-    wanted = f"paddlemix[{extra}]" if extra else package
-    return f"error: {package} is not installed, which this command needs: pip install '{wanted}'"
+        raise SystemExit(f"error: {missing(error, command.extra)}") from None
 
 
 if __name__ == "__main__":

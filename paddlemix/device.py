@@ -27,6 +27,9 @@ _FUSED = {
     "npu": {"attention": "flash_attention_npu", "norm": "rms_norm_npu", "rope": "fused_rope"},
 }
 
+# Where users say which devices a program may see.
+_VISIBLE = {"gpu": "CUDA_VISIBLE_DEVICES", "npu": "NPU_VISIBLE_DEVICES"}
+
 _log = logging.getLogger(__name__)
 
 
@@ -42,6 +45,21 @@ def count(kind):
     if kind == "gpu":
         return paddle.device.cuda.device_count() if paddle.device.is_compiled_with_cuda() else 0
     return sum(name.split(":")[0] == kind for name in paddle.device.get_available_custom_device() or [])
+
+
+def launch_numbers(kind, wanted):
+    """The first ``wanted`` devices of a kind by the numbers that Paddle's launcher knows them by, as text.
+
+    Where a variable such as ``CUDA_VISIBLE_DEVICES`` hides some, those are the numbers in it.
+
+    Raises:
+        DeviceError: there are fewer.
+    """
+    visible = os.environ.get(_VISIBLE.get(kind, ""), "")
+    numbers = [number.strip() for number in visible.split(",")] if visible else [str(i) for i in range(count(kind))]
+    if len(numbers) < wanted:
+        raise DeviceError(f"{wanted} devices of kind {kind} were asked for, but {len(numbers)} are visible: ask for fewer")
+    return numbers[:wanted]
 
 
 def set_device(name="auto"):

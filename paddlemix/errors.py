@@ -54,8 +54,9 @@ class DeviceError(UserError):
 def command_main(main):
     """Decorate a command's ``main()``: a :class:`UserError` becomes one line on stderr and exit code 1; Ctrl-C gives 130.
 
-    What the system says about a path or a full disk is printed alike, where no code nearer to it had more to say. Paddle's
-    notices at its start, about loaded libraries and a compiler cache, are left out.
+    What the system says about a path or a full disk is printed alike, where no code nearer to it had more to say, and so is
+    what to install where a module of another package is missing. Paddle's notices at its start, about loaded libraries and
+    a compiler cache, are left out.
     """
 
     @functools.wraps(main)
@@ -74,6 +75,11 @@ def command_main(main):
                 print(f"error: {error.filename} cannot be used ({error.strerror}): check the path", file=sys.stderr)
             else:
                 raise
+            raise SystemExit(1) from None
+        except ModuleNotFoundError as error:
+            from paddlemix.extras import missing  # nobody else pays for it
+
+            print(f"error: {missing(error)}", file=sys.stderr)
             raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paddlemix import commands
+from paddlemix import commands, extras
 from paddlemix.doctor import npu, report
 
 ROOT = Path(__file__).parents[1]
@@ -69,16 +69,62 @@ def test_command_gives_the_answer_of_its_script(tmp_path):
     assert paddlemix("chat", "--max-new-tokens", 8, cwd=tmp_path)[0] == expected
 
 
-def test_what_is_missing_is_said_with_the_extra_that_brings_it():
-    def error(name):
-        return ModuleNotFoundError(f"No module named '{name}'", name=name)
+def test_what_is_missing_is_said_with_the_extra_that_brings_it(monkeypatch):
+    declared = [
+        "numpy<2",
+        'paddlepaddle==3.3.1; extra == "cpu"',
+        'opencv-python-headless>=4.8; extra == "cpu"',
+        'opencv-python-headless>=4.8; extra == "video"',
+        'fastapi; extra == "serving"',
+        'winrt; sys_platform == "win32" and extra == "serving"',
+    ]
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: declared)
+    assert extras.extras() == {
+        "cpu": ["paddlepaddle", "opencv-python-headless"],
+        "video": ["opencv-python-headless"],
+        "serving": ["fastapi"],
+    }
 
-    assert commands.missing(error("fastapi.responses"), "serving") == (
-        "error: fastapi is not installed, which this command needs: pip install 'paddlemix[serving]'"
-    )
-    assert "paddlemix[cpu]" in commands.missing(error("paddle"), None)
+    def told(name):
+        return extras.missing(ModuleNotFoundError(f"No module named '{name}'", name=name))
+
+    assert told("fastapi.responses") == ("fastapi is not installed, which this command needs: pip install 'paddlemix[serving]'")
+    assert "pip install 'paddlemix[video]'" in told("cv2")  # the smaller one that has it
+    assert told("numpy.linalg").endswith("pip install numpy")
+    assert "paddlemix[cpu]" in told("paddle")
     with pytest.raises(ModuleNotFoundError):
-        commands.missing(error("paddlemix.nothing"), None)
+        told("paddlemix.nothing")
+
+
+@pytest.mark.parametrize("name", ["chat", "video", "finetune", "plan", "doctor"])
+def test_without_paddle_each_command_says_what_to_install(name, tmp_path):
+    """What an installation without extras does; its --help works all the same."""
+    (tmp_path / "paddle.py").write_text("raise ModuleNotFoundError(\"No module named 'paddle'\", name='paddle')")
+    arguments = ["--model_name_or_path", "x", "--output_dir", "x"] if name == "finetune" else []
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "paddlemix", name]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
+    told = done.stdout if name == "doctor" else done.stderr
+    assert done.returncode == 1 and "pip install 'paddlemix[cpu]'" in told and "Traceback" not in done.stderr
+    if name not in ("plan", "doctor"):
+        assert done.stderr.count("\n") == 1
+        subprocess.run([*command, "--help"], capture_output=True, check=True, cwd=tmp_path, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("paddlemix ch", ["chat", "check-data"]),
+        ("paddlemix chat --max", ["--max_new_tokens", "--max_num"]),
+        ("paddlemix convert a b --dtype b", ["bfloat16"]),
+    ],
+)
+def test_a_shell_completes_commands_and_flags(line, expected, tmp_path):
+    asked = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9", "_ARGCOMPLETE": "1"}
+    asked |= {"_ARGCOMPLETE_SHELL": "bash", "_ARGCOMPLETE_IFS": " ", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "out")}
+    environment = os.environ | asked | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-m", "paddlemix"], env=environment, check=True, timeout=60)
+    assert (tmp_path / "out").read_text().split() == expected
 
 
 def test_doctor_reports_and_checks_nothing_twice():
@@ -86,8 +132,19 @@ def test_doctor_reports_and_checks_nothing_twice():
     rows = [line.split(None, 1) for line in stdout.splitlines() if re.match(r"(pass|slow|skip|fail) ", line)]
     names = [re.split(r"\s{2,}", rest)[0] for _, rest in rows]
     assert len(names) == len(set(names))
-    for name in ("Python", "processor", "memory", "disk", "PaddlePaddle", "CPU engine, float32", "devices", "extra cpu"):
+    for name in (
+        "Python",
+        "processor",
+        "memory",
+        "PaddlePaddle",
+        "CPU engine, float32",
+        "devices",
+        "chat",
+        "extra cpu",
+    ):
         assert name in names
+    (answer,) = (rest for _, rest in rows if rest.startswith("chat "))
+    assert "'blue'" in answer
     processor = next(rest for _, rest in rows if rest.startswith("processor"))
     flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
     assert {f for f in report.FEATURES if f in processor.split()} == flags & set(report.FEATURES)

@@ -44,6 +44,18 @@ def test_other_plug_ins_go_by_their_name(plugged):
         device.set_device("npu")
 
 
+def test_the_launcher_gets_the_numbers_of_devices_that_are_not_hidden(plugged, monkeypatch):
+    plugged("npu:0", "npu:1", "npu:2")
+    monkeypatch.delenv("NPU_VISIBLE_DEVICES", raising=False)
+    assert device.launch_numbers("npu", 2) == ["0", "1"]
+    with pytest.raises(DeviceError, match="4 devices of kind npu were asked for, but 3 are visible"):
+        device.launch_numbers("npu", 4)
+    monkeypatch.setenv("NPU_VISIBLE_DEVICES", "2, 5")
+    assert device.launch_numbers("npu", 2) == ["2", "5"]
+    with pytest.raises(DeviceError, match="but 2 are visible"):
+        device.launch_numbers("npu", 3)
+
+
 @pytest.mark.parametrize("name", ["npu:2", "npu:-1", "npu:x"])
 def test_numbers_beyond_the_last_device_are_refused(plugged, name):
     selected = plugged("npu:0", "npu:1")

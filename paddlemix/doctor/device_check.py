@@ -356,9 +356,7 @@ def check_collectives(kind):
     if device.count(kind) < 2:
         yield "all-reduce of two devices", "skip", f"{device.count(kind)} device is visible"
         return
-    # Where some are hidden, the launcher knows the others by their own numbers.
-    visible = os.environ.get({"gpu": "CUDA_VISIBLE_DEVICES", "npu": "NPU_VISIBLE_DEVICES"}[kind]) or "0,1"
-    first = ",".join(visible.split(",")[:2])
+    first = ",".join(device.launch_numbers(kind, 2))
     with tempfile.TemporaryDirectory() as logs:
         command = [sys.executable, "-m", "paddle.distributed.launch", "--devices", first, "--log_dir", logs]
         command += [__file__, "--child", "all-reduce", "--device", kind]

@@ -41,10 +41,11 @@ def start_ranks(processes, argv, train_args):
 
     logs = os.path.join(train_args.output_dir, "launch_logs")
     command = [sys.executable, "-m", "paddle.distributed.launch", "--run_mode", "collective", "--log_dir", logs]
-    if device.is_cpu(device.set_device(train_args.device)):
+    kind = device.set_device(train_args.device)
+    if device.is_cpu(kind):
         command += ["--nproc_per_node", str(processes)]
     else:
-        command += ["--devices", ",".join(map(str, range(processes)))]
+        command += ["--devices", ",".join(device.launch_numbers(kind, processes))]
     root = str(Path(paddlemix.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     os.execv(sys.executable, [*command, os.path.abspath(__file__), *argv])
