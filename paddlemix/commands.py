@@ -22,6 +22,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "Use a model": {
         "chat": Command("paddlemix.examples.internvl2.chat_demo", "ask about pictures"),
+        "minimonkey": Command("paddlemix.examples.minimonkey.chat_demo_minimonkey", "ask Mini-Monkey about a document"),
         "video": Command("paddlemix.examples.internvl2.chat_demo_video", "ask about a video"),
         "search": Command("paddlemix.examples.internvl.search", "find pictures by words or by a picture"),
         "embed": Command("paddlemix.examples.internvl.embed", "features of pictures or texts as arrays"),

@@ -183,7 +183,7 @@ def _cost(source, index, encoder, known):
         record = source.read(index)
         bound = encoder.tile_bound(record, source.max_dynamic_patch)
         sizes = record.sizes or [picture_size(path) for path in record.images]
-        tiles = encoder.mean_frames if record.video else sum(encoder.count_tiles(size, bound) for size in sizes if size)
+        tiles = encoder.mean_frames if record.video else sum(encoder.count_tiles(size, bound, record) for size in sizes if size)
         text_bytes = sum(len(turn["value"].encode("utf-8", "replace")) for turn in record.conversations)
         look = text_bytes, len(record.conversations), len(record.images), record.video is None
         if record.length is None and look not in known:

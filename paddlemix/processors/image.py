@@ -141,7 +141,13 @@ def dynamic_preprocess(image, min_num=1, max_num=12, image_size=448, use_thumbna
     width, height = image.size
     if not width or not height:
         raise ImageError(f"the picture has no pixels ({width}x{height}); give a larger one")
-    across, down = find_closest_aspect_ratio(width / height, grids, width, height, image_size)
+    grid = find_closest_aspect_ratio(width / height, grids, width, height, image_size)
+    return cut_into_tiles(image, grid, image_size, use_thumbnail)
+
+
+def cut_into_tiles(image, grid, image_size, use_thumbnail):
+    """Cut an RGB picture into a ``grid`` (tiles across, tiles down); more than one tile may be followed by a thumbnail."""
+    across, down = grid
     resized = image.resize((across * image_size, down * image_size), Image.Resampling.BICUBIC)
     tiles = [
         resized.crop((left, top, left + image_size, top + image_size))

@@ -66,6 +66,7 @@ class DataTrainingArguments:
     use_data_resampling: bool = _arg(False, "draw from data sets in proportion to the square roots of their sizes")
     dynamic_image_size: bool = _arg(False, "cut pictures into tiles; otherwise each picture is one tile")
     use_thumbnail: bool = _arg(False, "add a small copy of a picture to its tiles")
+    multi_scale: str | None = _arg(None, "Mini-Monkey's tiles at two scales, by this rule", ("chat", "training"))
     min_dynamic_patch: int = _arg(1, "fewest tiles of a picture")
     max_dynamic_patch: int = _arg(12, "most tiles of a picture, or of all pictures of a sample")
     min_num_frame: int = _arg(8, "fewest frames of a video")

@@ -63,6 +63,8 @@ def build_model(model_args, data_args, dtype, checkpoint=None, keep=None):
 
 def _configure(config, model_args, data_args):
     """Let the configuration say how the model is trained, since it shall be used in the same way."""
+    if data_args.multi_scale:
+        config.extra["architectures"] = ["MiniMonkeyChatModel"]
     if data_args.down_sample_ratio != config.downsample_ratio:
         raise ConfigError(
             f"--down_sample_ratio is {data_args.down_sample_ratio}, but the model's is {config.downsample_ratio}: "

@@ -145,6 +145,8 @@ def largest_batch(config, data_args, train_args, text_tokens=512):
         return Batch(rows, data_args.max_packed_tokens, rows * data_args.num_images_expected)
     tiles = data_args.max_dynamic_patch if data_args.dynamic_image_size else 1
     tiles += data_args.use_thumbnail and tiles > 1
+    if data_args.multi_scale:  # the coarser scale's, at most, beside them
+        tiles += 8 if data_args.multi_scale == "chat" else 4
     return Batch(rows, min(data_args.max_seq_length, tiles * per_tile + text_tokens), rows * tiles)
 
 

@@ -151,7 +151,7 @@ class PackedRows:
 
 def data_options(config, data_args, **changes):
     """How records become samples of the model that ``config`` describes."""
-    names = "max_seq_length normalize_type min_num_frame max_num_frame".split()
+    names = "max_seq_length normalize_type multi_scale min_num_frame max_num_frame".split()
     return DataOptions.from_config(config, **{**{name: getattr(data_args, name) for name in names}, **changes})
 
 

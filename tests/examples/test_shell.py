@@ -121,6 +121,32 @@ def test_hyper_parameters_are_the_published_ones(name, method, run):
     assert os.path.isfile(args["meta_path"])
 
 
+MONKEY = dict(multi_scale="training", freeze_backbone=True, freeze_mlp=True, learning_rate=4e-9, weight_decay=0.01)
+
+
+@pytest.mark.parametrize(
+    "method, expected",
+    [
+        (
+            "full",
+            dict(MONKEY, freeze_llm=False, max_dynamic_patch=8, max_seq_length=8192, drop_path_rate=0.1, sharding="stage3")
+            | dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=1000, save_total_limit=1),
+        ),
+        (
+            "lora",
+            dict(MONKEY, freeze_llm=True, max_dynamic_patch=6, max_seq_length=4096, drop_path_rate=0.0, sharding="stage1")
+            | dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, save_steps=200, use_llm_lora=16),
+        ),
+    ],
+)
+def test_minimonkey_scripts_are_the_published_ones(method, expected, run):
+    launch, flags = split(run(f"../../minimonkey/shell/minimonkey_finetune_{method}.sh"))
+    args = {k: v for part in parse(flags) for k, v in vars(part).items()}
+    assert {key: args[key] for key in expected} == expected
+    assert args["model_name_or_path"] == "OpenGVLab/InternVL2-2B" and args["conv_style"] == "internlm2-chat"
+    assert len(launch[launch.index("--devices") + 1].split(",")) == 8
+
+
 @pytest.mark.parametrize(
     "environment, accumulation",
     [

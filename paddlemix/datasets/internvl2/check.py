@@ -49,7 +49,7 @@ def check_record(source, index, encoder):
         record = source.read(index)
         found.kind = "video" if record.video else ("text", "picture", "pictures")[min(2, len(record.images))]
         bound = encoder.tile_bound(record, source.max_dynamic_patch)
-        tiles = [encoder.count_tiles(picture.size, bound) for picture in encoder.open_pictures(record, 0)]
+        tiles = [encoder.count_tiles(picture.size, bound, record) for picture in encoder.open_pictures(record, 0)]
         found.tiles = sum(tiles)
         ids, labels = encoder.encode_whole_text(record, tiles)
         found.tokens = len(ids)
@@ -139,7 +139,7 @@ def _encoder(args):
     template = args.conv_style or config.template
     if template is None:
         raise ConfigError(f"{directory}/config.json names no template: give the model's as --conv_style")
-    names = ("dynamic_image_size", "use_thumbnail", "pad2square", "min_dynamic_patch", "max_dynamic_patch")
+    names = ("dynamic_image_size", "use_thumbnail", "multi_scale", "pad2square", "min_dynamic_patch", "max_dynamic_patch")
     changes = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     options = DataOptions.from_config(
         config,
@@ -176,6 +176,7 @@ def _parser():
     training.add_argument("--force_image_size", type=int, help="side of a tile in pixels")
     training.add_argument("--dynamic_image_size", type=_boolean, help="True or False: whether pictures are tiled")
     training.add_argument("--use_thumbnail", type=_boolean, help="True or False")
+    training.add_argument("--multi_scale", choices=["chat", "training"], help="Mini-Monkey's tiles")
     training.add_argument("--pad2square", type=_boolean, help="True or False")
     training.add_argument("--min_dynamic_patch", type=int, help="fewest tiles")
     training.add_argument("--max_dynamic_patch", type=int, help="most tiles")

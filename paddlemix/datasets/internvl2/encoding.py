@@ -14,6 +14,7 @@ from paddlemix.datasets.records import VIDEO_PLACEHOLDER
 from paddlemix.errors import ConfigError, DataError
 from paddlemix.models.blocks.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMG_CONTEXT, encode_conversations
 from paddlemix.models.internvl2.conversation import get_template
+from paddlemix.processors import minimonkey
 from paddlemix.processors.image import (
     dynamic_preprocess,
     find_closest_aspect_ratio,
@@ -40,6 +41,7 @@ class DataOptions:
         dynamic_image_size: whether pictures are tiled; else each is one tile.
         use_thumbnail: whether a tiled picture is followed by a thumbnail.
         min_dynamic_patch, max_dynamic_patch: bounds on the tiles of a sample's pictures together, thumbnails not counted.
+        multi_scale: Mini-Monkey's tiles, by the ``chat`` or the ``training`` rule, of a record's only picture; None for none.
         pad2square: whether untiled pictures are padded to squares instead of stretched.
         normalize_type: see ``load_image``.
         min_num_frame, max_num_frame: bounds on the number of frames taken from a video.
@@ -55,6 +57,7 @@ class DataOptions:
     use_thumbnail: bool = False
     min_dynamic_patch: int = 1
     max_dynamic_patch: int = 12
+    multi_scale: str | None = None
     pad2square: bool = False
     normalize_type: str = "imagenet"
     min_num_frame: int = 8
@@ -71,6 +74,8 @@ class DataOptions:
         for name in ("image_size", "num_image_token", "max_seq_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.multi_scale not in (None, *minimonkey.RULES):
+            raise ConfigError(f"multi_scale is '{self.multi_scale}': it must be {' or '.join(minimonkey.RULES)}")
         if self.sampling_method not in ("rand", "middle"):
             raise ConfigError(f"sampling_method is '{self.sampling_method}': it must be rand or middle")
         if self.frame_format.count(IMAGE_PLACEHOLDER) != 1:
@@ -123,9 +128,10 @@ class SampleEncoder:
         pictures = self.open_pictures(record, rng)
         bound = self.tile_bound(record, max_dynamic_patch)
         # The text first: it is cheap, and shows what does not fit.
-        input_ids, labels = self.encode_text(record, [self.count_tiles(p.size, bound) for p in pictures])
+        input_ids, labels = self.encode_text(record, [self.count_tiles(p.size, bound, record) for p in pictures])
         size = self.options.image_size
-        tiles = [self._pixels(picture, bound, rng if augment else None) for picture in pictures]
+        scales = self._scales(record)
+        tiles = [self._pixels(picture, bound, rng if augment else None, scales) for picture in pictures]
         pixel_values = np.concatenate(tiles) if tiles else np.empty((0, 3, size, size), dtype=np.float32)
         return {
             "input_ids": np.array(input_ids, dtype=np.int64),
@@ -153,8 +159,15 @@ class SampleEncoder:
             return 1
         return max(1, (max_dynamic_patch or self.options.max_dynamic_patch) // max(1, len(record.images)))
 
-    def count_tiles(self, size, bound):
-        """Tiles of a picture of ``size`` (width, height) where ``bound`` are allowed, thumbnail included."""
+    def _scales(self, record):
+        """The rule of Mini-Monkey by which a record's picture is cut at two scales; None where it is cut at one."""
+        alone = len(record.images) == 1 and not record.video and self.options.dynamic_image_size
+        return self.options.multi_scale if alone else None
+
+    def count_tiles(self, size, bound, record):
+        """Tiles of a picture of ``record`` of ``size`` (width, height) where ``bound`` are allowed, thumbnail included."""
+        if scales := self._scales(record):
+            return minimonkey.count_tiles(size, self.options.image_size, scales, bound)
         if bound == 1:
             return 1
         width, height = size
@@ -227,7 +240,7 @@ class SampleEncoder:
         first_label = next(i for i, label in enumerate(labels) if i and label != IGNORE_INDEX)
         return max(self._pictures_end(input_ids), first_label + 1)
 
-    def _pixels(self, picture, bound, rng):
+    def _pixels(self, picture, bound, rng, scales=None):
         """Normalised tiles of a picture [T, 3, size, size], JPEG-compressed at random if there is an ``rng``.
 
         As in the original: tiles are compressed one by one, an untiled picture before it is resized.
@@ -238,7 +251,10 @@ class SampleEncoder:
             if rng is not None:
                 picture = _recompressed(picture, rng)
             return load_image(picture, size, pad2square=options.pad2square, normalize_type=normalize, dynamic=False)
-        tiles = dynamic_preprocess(picture, min(options.min_dynamic_patch, bound), bound, size, options.use_thumbnail)
+        if scales:
+            tiles, _, _ = minimonkey.cut(picture, size, scales, bound)
+        else:
+            tiles = dynamic_preprocess(picture, min(options.min_dynamic_patch, bound), bound, size, options.use_thumbnail)
         if rng is not None:
             tiles = [_recompressed(tile, rng) for tile in tiles]
         return to_pixels(tiles, normalize)

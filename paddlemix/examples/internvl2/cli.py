@@ -52,7 +52,25 @@ def make_parser(description):
     return parser
 
 
-def run(args, text, paths, attach, finish=None):
+def load_session(args):
+    """The model that ``args`` name, and a session with it."""
+    from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
+
+    directory = prepare(args)
+    model = InternVLChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine)
+    return ChatSession(model, load_tokenizer(directory), system_message=args.system_message)
+
+
+def prepare(args):
+    """Select the device, and return the directory of the model that ``args`` name."""
+    from paddlemix import device
+    from paddlemix.checkpoints.hub import resolve
+
+    device.set_device(args.device)
+    return resolve(args.model_name_or_path)
+
+
+def run(args, text, paths, attach, finish=None, load=load_session):
     """Load the model that ``args`` name and ask it.
 
     Args:
@@ -62,17 +80,10 @@ def run(args, text, paths, attach, finish=None):
         attach: ``attach(paths, config) -> (marks, pixel_values, tiles of each picture)`` reads them as the checkpoint's
             configuration wants; ``marks`` go before the question unless it says itself where pictures go.
         finish: called with the session after the first answer.
+        load: ``load(args) -> session``, for models of other families.
     """
-    from paddlemix import device
-    from paddlemix.checkpoints.hub import resolve
-    from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
-
-    device.set_device(args.device)
-    directory = resolve(args.model_name_or_path)
-    model = InternVLChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine)
-    session = ChatSession(model, load_tokenizer(directory), system_message=args.system_message)
-
-    marks, pixels, counts = attach(paths, model.config) if paths else ("", None, None)
+    session = load(args)
+    marks, pixels, counts = attach(paths, session.model.config) if paths else ("", None, None)
     _ask(session, args, text if "<image>" in text else marks + text, pixels, counts)
     if finish is not None:
         finish(session)

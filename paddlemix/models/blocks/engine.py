@@ -198,15 +198,24 @@ class _DecoderLayer(nn.Layer):
         self.up = _pack(mlp.gate_up_proj, dtype, first=hidden)
         self.down = _pack(mlp.down_proj, dtype)
 
+    def _stores(self, qkv):
+        """Room for the keys and values of ``qkv [B, N, ...]``, where there is no cache."""
+        width = qkv.shape[-1] // (self.heads + 2 * self.kv_heads)
+        return [paddle.empty([*qkv.shape[:2], self.kv_heads, width]) for _ in range(2)]
+
+    def queries_and_keys(self, x, rope):
+        """As :meth:`.language.DecoderLayer.queries_and_keys`."""
+        qkv = self.qkv(x, norm=self.norm1)
+        keys, values = self._stores(qkv)
+        return kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, 0), keys
+
     def forward(self, x, rope, mask, cache=None, picture=None):
-        batch, tokens, _ = x.shape
+        tokens = x.shape[1]
         if mask.segments is not None or not mask.is_spans or picture is not None:
             raise ValueError("packed rows, a prefix that sees itself and cross-attention are for the eager engine")
         qkv = self.qkv(x, norm=self.norm1)
         if cache is None:
-            width = qkv.shape[-1] // (self.heads + 2 * self.kv_heads)
-            keys, values = (paddle.empty([batch, tokens, self.kv_heads, width]) for _ in range(2))
-            length = tokens
+            (keys, values), length = self._stores(qkv), tokens
         else:
             (keys, values), length = cache.stores(self.index), cache.length
         q = kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, length - tokens)

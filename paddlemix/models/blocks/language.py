@@ -181,8 +181,8 @@ class DecoderAttention(nn.Layer):
             )
         self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size, bias=config.o_bias)
 
-    def forward(self, x, rope, mask, cache, residual):
-        """``residual + attention(x)``, all ``[B, N, D]``."""
+    def project(self, x, rope):
+        """``x [B, N, D]`` -> rotated queries ``[B, N, H, d]`` and keys, and values, ``[B, N, K, d]``."""
         batch, tokens, _ = x.shape
         if self.fused:
             qkv = self.qkv_proj(x).reshape([batch, tokens, sum(self.split), -1])
@@ -190,7 +190,11 @@ class DecoderAttention(nn.Layer):
         else:
             products = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             q, k, v = (y.reshape([batch, tokens, heads, -1]) for y, heads in zip(products, self.split))
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+
+    def forward(self, x, rope, mask, cache, residual):
+        """``residual + attention(x)``, all ``[B, N, D]``."""
+        q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         return self.o_proj(attention(q, k, v, mask), residual=residual)
@@ -249,6 +253,10 @@ class DecoderLayer(nn.Layer):
         self.mlp = DecoderMLP(config)
         frequency = config.cross_attention_frequency
         self.cross_attn = CrossAttention(config) if frequency and index % frequency == 0 else None
+
+    def queries_and_keys(self, x, rope):
+        """What attention compares: rotated queries ``[B, N, H, d]`` and keys ``[B, N, K, d]`` of ``x [B, N, D]``."""
+        return self.self_attn.project(self.input_layernorm(x), rope)[:2]
 
     def forward(self, x, rope, mask, cache=None, picture=None):
         """``[B, N, D] -> [B, N, D]``."""
