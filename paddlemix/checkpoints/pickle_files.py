@@ -157,6 +157,59 @@ def read_torch_pickle(file):
         return _TensorUnpickler(stream, file.name, admitted, load_storage).load_tensors()
 
 
+def write_torch_pickle(path, arrays):
+    """Write tensors as ``torch.save`` does, whole or not at all; torch and :func:`read_torch_pickle` read them back.
+
+    Args:
+        path: such as ``mm_projector.bin``.
+        arrays: ``{name: float32 array}``.
+    """
+    parts = [pickle.PROTO, b"\x02", pickle.EMPTY_DICT, pickle.MARK]
+    for key, (name, array) in enumerate(arrays.items()):
+        strides = [math.prod(array.shape[i + 1 :]) for i in range(array.ndim)]
+        storage = [pickle.MARK, _text("storage"), b"ctorch\nFloatStorage\n", _text(str(key)), _ANYWHERE, _number(array.size)]
+        parts += [_text(name), b"ctorch._utils\n_rebuild_tensor_v2\n", pickle.MARK]
+        parts += [*storage, pickle.TUPLE, pickle.BINPERSID, _number(0), _numbers(array.shape), _numbers(strides)]
+        parts += [
+            pickle.NEWFALSE,
+            b"ccollections\nOrderedDict\n",
+            pickle.EMPTY_TUPLE,
+            pickle.REDUCE,
+            pickle.TUPLE,
+            pickle.REDUCE,
+        ]
+    parts += [pickle.SETITEMS, pickle.STOP]
+    try:
+        with zipfile.ZipFile(path + ".tmp", "w", zipfile.ZIP_STORED) as archive:
+            archive.writestr("archive/data.pkl", b"".join(parts))
+            archive.writestr("archive/byteorder", b"little")
+            for key, array in enumerate(arrays.values()):
+                archive.writestr(f"archive/data/{key}", np.ascontiguousarray(array, "<f4").tobytes())
+            archive.writestr("archive/version", b"3\n")
+        os.replace(path + ".tmp", path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}): make room, or use another folder") from None
+
+
+# What torch calls the place of a tensor that was on no accelerator: "cpu".
+_ANYWHERE = pickle.BINUNICODE + b"\x03\x00\x00\x00cpu"
+
+
+def _text(text):
+    content = text.encode("utf-8")
+    return pickle.BINUNICODE + struct.pack("<I", len(content)) + content
+
+
+def _number(number):
+    if number < 1 << 31:
+        return pickle.BININT + struct.pack("<i", number)
+    return pickle.LONG1 + b"\x08" + struct.pack("<q", number)
+
+
+def _numbers(numbers):
+    return pickle.MARK + b"".join(map(_number, numbers)) + pickle.TUPLE
+
+
 def read_paddle_pickle(file):
     class Dtype:
         """Stands in for ``numpy.dtype``: remembers the name, and nothing else is set."""

@@ -63,7 +63,7 @@ def load_image(
         tiles = dynamic_preprocess(image, min_num, max_num, input_size, use_thumbnail)
     else:
         if pad2square:
-            image = _pad_to_square(image, tuple(int(x * 255) for x in mean))
+            image = pad_to_square(image, tuple(int(x * 255) for x in mean))
         tiles = [image.resize((input_size, input_size), Image.Resampling.BICUBIC)]
     return to_pixels(tiles, normalize_type)
 
@@ -255,7 +255,8 @@ def _grey(array):
     return Image.fromarray(array).convert("RGB")
 
 
-def _pad_to_square(image, colour):
+def pad_to_square(image, colour):
+    """``image`` in the middle of a square of ``colour``, as wide as its longer side."""
     side = max(image.size)
     if side * side > MAX_PIXELS:
         raise ImageError(f"a picture of {image.width}x{image.height} pixels is too long to pad to a square; crop it")

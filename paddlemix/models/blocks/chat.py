@@ -9,7 +9,7 @@ import paddle
 
 from paddlemix.errors import PromptError
 
-from .conversation import IMAGE_PLACEHOLDER, insert_image_tokens
+from .conversation import IMAGE_PLACEHOLDER
 from .generation import GenerationConfig, TextStream, generate_tokens, new_cache
 from .inputs import host_list, split_pictures
 
@@ -23,6 +23,7 @@ class ChatSession:
         history: ``[(question, answer), ...]`` of earlier rounds; the pictures of its ``<image>`` marks come with the first
             question.
         system_message: replaces the template's.
+        template: instead of the model's.
 
     Attributes:
         history: all rounds so far.
@@ -30,10 +31,10 @@ class ChatSession:
         marked_answer: the last answer with the ``<ref>`` and ``<box>`` marks that plain text leaves out.
     """
 
-    def __init__(self, model, tokenizer, history=None, system_message=None):
+    def __init__(self, model, tokenizer, history=None, system_message=None, template=None):
         model.set_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.template = model.template().with_system_message(system_message)
+        self.template = (template or model.template()).with_system_message(system_message)
         self.history = [tuple(turn) for turn in history or []]
         self.cached_tokens = 0
         self.marked_answer = ""
@@ -63,15 +64,13 @@ class ChatSession:
         question = _mark_picture(question, self.history, counts)
         per_tile = self.model.config.num_image_token
         known = [f.shape[0] for f in self._features]
-        texts = [q for q, _ in self.history] + [question]
-        texts = insert_image_tokens(texts, known + [tiles * per_tile for tiles in counts])
-        prompt = self.template.prompt(texts[-1], [(q, a) for q, (_, a) in zip(texts, self.history)])
-        ids = self.tokenizer.encode(prompt)
+        counted = known + [tiles * per_tile for tiles in counts]
+        ids = self.model.prompt_ids(self.tokenizer, self.template, [*self.history, (question, None)], counted)
         config = _end_of_answer(generation_config, self.template, self.tokenizer)
         config = self.model.fit_context(config, len(ids))
 
         features = self._features + self._features_of(pixel_values, counts)
-        stream = TextStream(self.tokenizer, config.stop_strings)
+        stream = TextStream(self.tokenizer, config.stop_strings, self.template.cuts_at_stop)
         pieces, tokens = [], []
         for token in self._generate(ids, features, config):
             if token in config.eos_token_ids:
@@ -151,7 +150,15 @@ class ChatSession:
 
 @paddle.no_grad()
 def batch_chat(
-    model, tokenizer, pixel_values, questions, generation_config=None, num_patches_list=None, history=None, return_history=False
+    model,
+    tokenizer,
+    pixel_values,
+    questions,
+    generation_config=None,
+    num_patches_list=None,
+    history=None,
+    return_history=False,
+    template=None,
 ):
     """Ask many questions at once, each with its own pictures and history.
 
@@ -166,12 +173,13 @@ def batch_chat(
             an empty list for text alone. None: one picture of one tile for each, or what a list of pixels has.
         history: for each conversation, None or ``[(question, answer), ...]``.
         return_history: return ``(answers, histories)`` instead of the answers.
+        template: instead of the model's.
 
     Raises:
         PromptError: as :meth:`ChatSession.stream`, naming the question by its number.
     """
     model.set_tokenizer(tokenizer)
-    template = model.template()
+    template = template or model.template()
     histories = [[tuple(turn) for turn in turns or []] for turns in (history or [None] * len(questions))]
     if isinstance(pixel_values, (list, tuple)):
         parts = [split_pictures(part) for part in pixel_values]
@@ -195,12 +203,10 @@ def batch_chat(
     for i, (turns, tiles) in enumerate(zip(histories, counts)):
         questions[i] = _mark_picture(questions[i], turns, tiles)
         try:
-            texts = insert_image_tokens(
-                [q for q, _ in turns] + [questions[i]], [n * model.config.num_image_token for n in tiles]
-            )
+            counted = [n * model.config.num_image_token for n in tiles]
+            prompts.append(model.prompt_ids(tokenizer, template, [*turns, (questions[i], None)], counted))
         except PromptError as error:
             raise PromptError(f"question {i + 1}: {error}") from None
-        prompts.append(tokenizer.encode(template.prompt(texts[-1], [(q, a) for q, (_, a) in zip(texts, turns)])))
 
     width = max(map(len, prompts))
     starts = np.array([width - len(p) for p in prompts])
@@ -211,7 +217,7 @@ def batch_chat(
     features = model.extract_feature(pixel_values) if any(counts) else None
     features = None if features is None else features.reshape([-1, features.shape[-1]])
 
-    streams = [TextStream(tokenizer, config.stop_strings) for _ in questions]
+    streams = [TextStream(tokenizer, config.stop_strings, template.cuts_at_stop) for _ in questions]
     answers = ["" for _ in questions]
     open_rows = set(range(len(questions)))
     for tokens in generate_tokens(model.language_model, model.embed(ids, features), config, starts):
@@ -251,4 +257,5 @@ def _mark_picture(question, history, counts):
 
 
 def _end_of_answer(generation_config, template, tokenizer):
-    return GenerationConfig.of(generation_config, eos_token_id=tokenizer.require_token_id(template.stop))
+    config = GenerationConfig.of(generation_config, eos_token_id=tokenizer.require_token_id(template.stop))
+    return GenerationConfig.of(config, stop_strings=(*config.stop_strings, *template.stop_strings))

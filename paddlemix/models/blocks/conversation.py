@@ -27,7 +27,12 @@ class Template:
         end: text after what the assistant says; its first token ends an answer.
         lead: text that begins what the assistant says.
         strip: whether messages are stripped of white space, as this model was trained.
+        again: text before the user's part in every round but the first.
     """
+
+    # What else than the token ends an answer, and whether the answer is cut there.
+    stop_strings = ()
+    cuts_at_stop = True
 
     name: str
     system_message: str
@@ -37,6 +42,7 @@ class Template:
     end: str
     lead: str = ""
     strip: bool = False
+    again: str = ""
 
     @property
     def stop(self):
@@ -52,7 +58,7 @@ class Template:
         clean = str.strip if self.strip else str
         written, before = [], self.system.format(self.system_message)
         for question, answer in turns:
-            before += self.user[0] + clean(question) + self.user[1] + self.assistant
+            before += (self.again if written else "") + self.user[0] + clean(question) + self.user[1] + self.assistant
             written.append((before, None if answer is None else self.lead + clean(answer) + self.end))
             before = ""
         return written
@@ -125,13 +131,32 @@ def encode_conversations(conversations, tokenizer, template, image_token_counts=
     questions = insert_image_tokens([t["value"] for t in turns[0::2]], image_token_counts)
     answers = [t["value"] for t in turns[1::2]]  # a last question without an answer is of no use
 
-    stop = tokenizer.convert_tokens_to_ids(template.stop)
+    def encode(text, start):
+        return tokenizer.encode(text, add_special_tokens=start)
+
+    return encode_rounds(template, zip(questions, answers), encode, tokenizer.convert_tokens_to_ids(template.stop))
+
+
+def encode_rounds(template, turns, encode, stop):
+    """Token ids and labels of answered questions, the ids being those of the whole text.
+
+    Args:
+        template: a :class:`Template` whose answers end in a token.
+        turns: (question, answer) pairs.
+        encode: ``encode(text, start)`` gives the ids of a text, with what begins a prompt if ``start``.
+        stop: id of the token that ends an answer.
+
+    Returns:
+        ``(input_ids, labels)``, see :func:`encode_conversations`.
+    """
     input_ids, labels = [], []
-    # Every answer ends in a special token, so a round can be tokenised by itself and gives the ids it has in the whole.
-    for i, (before, answer) in enumerate(template.rounds(zip(questions, answers))):
-        first = i == 0
-        ids = tokenizer.encode(before + answer, add_special_tokens=first)
-        header = tokenizer.encode(before, add_special_tokens=first)
+    # Text is tokenised between special tokens, and every answer ends in one: so a round can be tokenised without those
+    # before it. It keeps the token before it, because some tokenizers go by what a text begins with.
+    for i, (before, answer) in enumerate(template.rounds(turns)):
+        first, held = i == 0, 0
+        if not first and template.end.endswith(template.stop):
+            before, held = template.stop + before, 1
+        ids, header = (encode(text, first)[held:] for text in (before + answer, before))
         start = next((k for k, (a, b) in enumerate(zip(ids, header)) if a != b), len(header))
         end = len(ids) - ids[::-1].index(stop)
         input_ids += ids

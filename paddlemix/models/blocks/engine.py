@@ -79,7 +79,8 @@ def fuse(model, dtype):
     for stack, fused in ((vision.encoder.layers, _VisionLayer), (language.model.layers, _DecoderLayer)):
         for i in range(len(stack)):
             stack[i] = fused(stack[i], dtype)
-    model.mlp1 = _Projector(model.mlp1, dtype)
+    if len(model.mlp1):
+        model.mlp1 = _Projector(model.mlp1, dtype)
     language.model.embed_tokens = _Embedding(language.model.embed_tokens)
     language.model.norm = _Norm(language.model.norm)
     language.lm_head = _Linear(language.lm_head, dtype)
@@ -151,14 +152,21 @@ class _Embedding(nn.Layer):
 
 
 class _Projector(nn.Layer):
-    """:class:`~.modeling.Projector`, fused."""
+    """:class:`~.projector.Projector` and :class:`~.projector.MLPProjector`, fused."""
 
     def __init__(self, layer, dtype):
         super().__init__()
-        self.norm, self.up, self.down = _norm(layer["0"]), _pack(layer["1"], dtype), _pack(layer["3"], dtype)
+        norms = [part for part in layer if isinstance(part, nn.LayerNorm)]
+        self.norm = _norm(norms[0]) if norms else None
+        self.linears = [_pack(part, dtype) for part in layer if part not in norms]
 
     def forward(self, x):
-        return kernels.mlp(x, self.up, self.down, norm=self.norm, activation="gelu")
+        if len(self.linears) == 2:
+            return kernels.mlp(x, *self.linears, norm=self.norm, activation="gelu")
+        for i, linear in enumerate(self.linears):
+            last = i == len(self.linears) - 1
+            x = linear(x, norm=None if i else self.norm, activation=None if last else "gelu")
+        return x
 
 
 class _VisionLayer(nn.Layer):

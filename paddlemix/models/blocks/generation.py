@@ -173,15 +173,16 @@ class TextStream:
     """Turns the ids of one answer into text as they come, never splitting a character.
 
     ``stream.put(id)`` returns the text that became certain; ``stream.close()`` what is left. Together the pieces are
-    exactly the decoded answer, cut before the first stop string and stripped of white space at both ends.
+    exactly the decoded answer, cut before the first stop string and stripped of white space at both ends. Without ``cut`` a
+    stop string is only taken away where the answer ends in it, not where its last token goes on behind it.
     ``stream.stopped`` tells that a stop string was met.
     """
 
     # Ids that are decoded again with each new one: enough for every tokenizer's rules about spaces.
     _CONTEXT = 4
 
-    def __init__(self, tokenizer, stop_strings=()):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer, stop_strings=(), cut=True):
+        self._tokenizer, self._cut = tokenizer, cut
         self._stop_strings = [s for s in stop_strings if s]
         self._window, self._shown = [], 0  # the last ids, and how much of their text is in self._text
         self._text, self._sent = "", 0
@@ -203,12 +204,14 @@ class TextStream:
     def _emit(self, final):
         found = [at for at in (self._text.find(s) for s in self._stop_strings) if at >= 0]
         self.stopped = self.stopped or bool(found)
-        text = self._text[: min(found)] if found else self._text
+        text = self._text[: min(found)] if found and self._cut else self._text
         text = text.lstrip()
         ready = text.rstrip()
         if not final and not found:  # the beginning of a stop string may be what the text ends in
             held = max((k for s in self._stop_strings for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
             ready = text[: len(text) - held].rstrip()
+        if found and not self._cut:
+            ready = next((ready.removesuffix(s).rstrip() for s in self._stop_strings if ready.endswith(s)), ready)
         piece, self._sent = ready[self._sent :], max(self._sent, len(ready))
         return piece
 

@@ -211,7 +211,7 @@ def load_adapters(model, directory):
         CheckpointError: files are missing or damaged, or the tensors do not fit the model.
         ConfigError: the model has adapters already.
     """
-    scales = _peft_scales(directory)
+    scales = peft_scales(directory)
     path = os.path.join(directory, _WEIGHTS)
     with open_weight_file(path) as stored:
         found = {
@@ -246,7 +246,7 @@ def load_adapters(model, directory):
         parameters[weight.name].set_value(paddle.to_tensor(outputs.T.copy()).astype(parameters[weight.name].dtype))
 
 
-def _peft_scales(directory):
+def peft_scales(directory):
     """A function from an adapter's name to its alpha / rank, as ``adapter_config.json`` has it."""
     path = os.path.join(directory, _CONFIG)
     try:

@@ -1,0 +1,268 @@
+"""What every chat model of the family is: a vision tower, a projector and a language model, pictures and text in, text or a
+loss out.
+
+A family brings its configuration, which tells ``num_image_token``, ``image_size`` and ``select_layer``, and says how the
+tower's output becomes features (``_extract_feature``) and a conversation token ids (``prompt_ids``).
+"""
+
+import hashlib
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from paddlemix.arrays import host_array
+from paddlemix.checkpoints.checkpoint import save_checkpoint, save_packed
+from paddlemix.errors import PromptError
+
+from .generation import GenerationConfig, generate_tokens
+from .inputs import checked_pixels, padding_mask, pixel_tensor, token_ids
+from .language import LanguageModel
+from .layers import AttentionMask, take_rows
+from .lora import add_adapters
+from .losses import CausalLMOutput, chunked_causal_loss
+from .vision import InternVisionModel
+
+
+class ChatModel(nn.Layer):
+    """A vision tower, a projector and a language model.
+
+    ``T`` tiles, ``B`` rows, ``N`` tokens, ``D`` the language model's width, ``V`` its vocabulary below.
+
+    Args:
+        config: with ``vision_config`` and ``llm_config``.
+        projector: a layer from the tower's width to the language model's.
+    """
+
+    # Tiles that go through the vision tower at once without gradients; more cost memory and save no time on CPU.
+    vision_batch = 4
+    packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
+    source = None  # the Checkpoint that the weights were loaded from
+
+    def __init__(self, config, projector):
+        super().__init__()
+        self.config = config
+        self.vision_model = InternVisionModel(config.vision_config)
+        self.mlp1 = projector
+        self.language_model = LanguageModel(config.llm_config)
+        add_adapters(self)  # where the configuration says that the checkpoint has some
+        self.img_context_token_id = None  # what stands for a picture's feature
+
+    def save_pretrained(self, directory, layout="torch", max_shard_size="5GB"):
+        """Write configuration and weights, in the dtype that they were loaded from if it holds them exactly.
+
+        A model that is packed for the CPU engine is written from the files that it was loaded from.
+
+        Args:
+            directory: is made if it does not exist.
+            layout: ``torch`` (readable by every InternVL engine) or ``paddle``.
+            max_shard_size: largest file, such as ``"5GB"``.
+
+        Raises:
+            CheckpointError: the model is packed and its files have changed or do not hold what it holds; the disk refuses.
+        """
+        if self.packed:
+            save_packed(self.source, self.config, directory, layout, max_shard_size)
+        else:
+            dtypes = self.source.stored_dtypes if self.source else None
+            save_checkpoint(self, self.config, directory, layout=layout, max_shard_size=max_shard_size, stored_dtypes=dtypes)
+        self.config.save(directory)
+
+    # ------------------------------------------------------------------ pictures
+
+    def extract_feature(self, pixel_values):
+        """Features of tiles, ready to take the place of context tokens.
+
+        Args:
+            pixel_values: ``[T, 3, height, width]``, normalised; a tensor or an array of any floating point dtype, one tile, or
+                a list of either (see :func:`~paddlemix.models.blocks.inputs.pixel_tiles`).
+
+        Returns:
+            ``[T, num_image_token, D]``. Without gradients, equal tiles are computed once, a few tiles at a time.
+
+        Raises:
+            PromptError: the pixels have another shape, size or dtype, or are not normalised.
+        """
+        if paddle.is_grad_enabled() and self.training:
+            return self._extract_feature(pixel_tensor(pixel_values))
+        pixels = checked_pixels(pixel_values)
+        if not len(pixels):
+            raise PromptError("pixel_values has no tiles: give None for a prompt without pictures")
+        first, places = {}, []  # blank frames and repeated pictures cost nothing
+        for i, tile in enumerate(pixels):
+            key = hashlib.blake2b(np.ascontiguousarray(tile)).digest()
+            places.append(first.setdefault(key, (len(first), i))[0])
+        distinct = [i for _, i in first.values()]
+        with paddle.no_grad():
+            parts = [
+                self._extract_feature(paddle.to_tensor(pixels[distinct[at : at + self.vision_batch]]))
+                for at in range(0, len(distinct), self.vision_batch)
+            ]
+            features = paddle.concat(parts)
+            return features if len(distinct) == len(places) else take_rows(features, places)
+
+    def _patches(self, pixel_values):
+        if self.vision_model.training:
+            return self.vision_model(pixel_values, self.config.select_layer)
+        # A frozen tower keeps no graph, so its tiles need not be in memory at once even where the rest is trained.
+        with paddle.no_grad():
+            batches = pixel_values.split(self._batch_sizes(pixel_values.shape[0]))
+            return paddle.concat([self.vision_model(batch, self.config.select_layer) for batch in batches])
+
+    def _batch_sizes(self, tiles):
+        whole, rest = divmod(tiles, self.vision_batch)
+        return [self.vision_batch] * whole + [rest] * (rest > 0)
+
+    def embed(self, input_ids, features=None):
+        """Token embeddings with picture features in the places of the context tokens.
+
+        Args:
+            input_ids: ``[B, N]`` int64.
+            features: ``[number of context tokens, D]`` in reading order, or None.
+
+        Raises:
+            PromptError: context tokens and features differ in number, or ids are not of this model.
+        """
+        ids = self._token_ids(input_ids)
+        # What stands for a feature is looked up like any other token, and need not be one.
+        known = ids if self.img_context_token_id is None else np.where(ids == self.img_context_token_id, 0, ids)
+        embeds = self.language_model.embed(paddle.to_tensor(known))
+        places = np.flatnonzero(ids == self.img_context_token_id) if self.img_context_token_id is not None else ids[:0]
+        count = 0 if features is None else features.shape[0]
+        if count != places.size:
+            raise PromptError(
+                f"the prompt has {places.size} image context tokens but the pictures have {count} features: "
+                "each tile needs exactly its own, so check num_patches_list, and max_seq_length when training"
+            )
+        if not count:
+            return embeds
+        flat = embeds.reshape([-1, embeds.shape[-1]])
+        flat = paddle.scatter(flat, paddle.to_tensor(places), features.astype(flat.dtype), overwrite=True)
+        return flat.reshape(embeds.shape)
+
+    # ------------------------------------------------------------------ training
+
+    def forward(
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        image_flags=None,
+        labels=None,
+        loss_weight=None,
+        segment_ids=None,
+    ):
+        """The loss where labels are given, and the logits of every position.
+
+        Args:
+            pixel_values: ``[T, 3, height, width]``, or None for text alone.
+            input_ids: ``[B, N]`` int64 with a context token for each picture feature.
+            attention_mask: ``[B, N]``, 0 for padding on the left or the right; None for no padding.
+            position_ids: ``[B, N]`` int64; None for 0, 1, 2, ... in every row.
+            image_flags: ``[T]``, 0 for tiles that stand in where a sample has no picture; None for all 1.
+            labels: ``[B, N]`` int64, -100 where nothing is to be learned; position ``n`` is predicted from those before it.
+            loss_weight: ``[B, N]``, how much each label counts; None for all alike.
+            segment_ids: ``[B, N]`` integers for rows that hold several samples: a token sees only its own sample's.
+
+        Returns:
+            :class:`CausalLMOutput`; the loss is the weighted mean over labelled tokens, for which the logits of all
+            positions are never in memory at once.
+
+        Raises:
+            PromptError: context tokens and picture features differ in number.
+        """
+        features, unused = None, None
+        if pixel_values is not None:
+            features = self.extract_feature(pixel_values)
+            if image_flags is not None:
+                flags = host_array(image_flags, "image_flags").reshape(-1)
+                if len(flags) != features.shape[0]:
+                    raise PromptError(f"image_flags has {len(flags)} values but pixel_values {features.shape[0]} tiles")
+                used = np.flatnonzero(flags)
+                # Keep every rank's graph the same: a batch without pictures still reaches the vision parameters.
+                unused = features.sum() * 0 if used.size == 0 else None
+                features = take_rows(features, used) if used.size else None
+            if features is not None:
+                features = features.reshape([-1, features.shape[-1]])
+        embeds = self.embed(input_ids, features)
+        if unused is not None:
+            embeds = embeds + unused
+        mask = None if attention_mask is None else AttentionMask.from_padding(attention_mask)
+        if segment_ids is not None:
+            mask = AttentionMask(None if mask is None else mask.starts, segment_ids)
+        hidden = self.language_model(embeds, position_ids, mask)
+        head = self.language_model.lm_head
+        loss = None if labels is None else chunked_causal_loss(head, hidden, labels, loss_weight)
+        return CausalLMOutput(loss, hidden, head)
+
+    # ------------------------------------------------------------------ generating
+
+    @paddle.no_grad()
+    def generate(
+        self, pixel_values=None, input_ids=None, attention_mask=None, visual_features=None, generation_config=None, **options
+    ):
+        """Continue token ids.
+
+        Args:
+            pixel_values: ``[T, 3, height, width]``, or None.
+            input_ids: ``[B, N]`` int64, rows padded on the left.
+            attention_mask: ``[B, N]``, 0 for padding; None for none.
+            visual_features: ``[T, num_image_token, D]`` from :meth:`extract_feature`, instead of ``pixel_values``.
+            generation_config: a :class:`GenerationConfig` or a dictionary; ``options`` replace some of its values.
+
+        Returns:
+            The new tokens alone, ``[B, M]`` int64, finished rows filled with ``pad_token_id``.
+
+        Raises:
+            PromptError: the prompt is too long, or context tokens and features differ in number.
+        """
+        config = GenerationConfig.of(generation_config, **options)
+        ids = self._token_ids(input_ids)
+        mask, starts = padding_mask(attention_mask, ids.shape), None
+        if visual_features is None and pixel_values is not None:
+            visual_features = self.extract_feature(pixel_values)
+        features = None if visual_features is None else self._flat_features(visual_features)
+        if mask is not None:
+            starts = mask.shape[1] - mask.sum(1)
+            if (mask != (np.arange(mask.shape[1]) >= starts[:, None])).any():
+                raise PromptError("attention_mask must have its zeros at the left: pad prompts on the left to generate")
+        config = self.fit_context(config, ids.shape[1])
+        steps = generate_tokens(self.language_model, self.embed(ids, features), config, starts)
+        return paddle.to_tensor(np.stack(list(steps), axis=1))
+
+    def _flat_features(self, visual_features):
+        """``[number of context tokens, D]`` of features ``[..., D]``, a tensor or an array of any floating point dtype."""
+        features, width = visual_features, self.config.llm_config.hidden_size
+        if not isinstance(features, paddle.Tensor):
+            features = paddle.to_tensor(host_array(features, "visual_features"))
+        if not features.is_floating_point() or features.ndim < 2 or features.shape[-1] != width:
+            raise PromptError(
+                f"visual_features must be [tiles, {self.config.num_image_token}, {width}] as extract_feature returns them, not "
+                f"{list(features.shape)}"
+            )
+        return features.reshape([-1, width])
+
+    def fit_context(self, config, prompt_length):
+        """``config`` with ``max_new_tokens`` cut to what the context has room for after ``prompt_length`` tokens.
+
+        Raises:
+            PromptError: the prompt alone fills the context.
+        """
+        room = self.config.llm_config.context_length - prompt_length
+        if room < 1:
+            raise PromptError(
+                f"the prompt has {prompt_length} tokens but the model's context is {self.config.llm_config.context_length}: "
+                "use fewer tiles (--max_num), fewer pictures, or a shorter text"
+            )
+        return GenerationConfig.of(config, max_new_tokens=min(config.max_new_tokens, room))
+
+    def _token_ids(self, input_ids):
+        """``input_ids`` as ``[B, N]`` int64 on the host, checked to be the model's or what stands for a feature."""
+        ids, size = host_array(input_ids, "input_ids"), self.config.llm_config.vocab_size
+        if self.img_context_token_id is None:
+            return token_ids(ids, size)
+        context = ids == self.img_context_token_id
+        ids = token_ids(np.where(context, 0, ids), size)
+        ids[context.reshape(ids.shape)] = self.img_context_token_id
+        return ids
