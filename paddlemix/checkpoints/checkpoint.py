@@ -23,7 +23,7 @@ import numpy as np
 from paddlemix.errors import CheckpointError
 
 from .files import find_weight_files, fingerprint, name_some, open_weight_file
-from .names import Part, Weight
+from .names import Part, Weight, head_name
 from .safetensors_files import OutgoingTensor, write_safetensors
 from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, holds_exactly, row_count, rows_per_block
 
@@ -79,7 +79,9 @@ class Checkpoint:
                 found[part.name] = found.pop(earlier)
         borrowed = []
         language = getattr(config, "llm_config", None)
-        if language is not None and language.tie_word_embeddings and parts[-1][1].name not in found:
+        if language is not None and language.tie_word_embeddings:
+            found.pop(head_name(language), None)  # a copy of the embedding, or of no meaning
+        elif language is not None and language.may_lack_head and parts[-1][1].name not in found:
             # Without a head of its own, the head is the token embedding, which no layout transposes.
             weight, part = parts.pop()
             embedding = next(part.name for weight, part in parts if weight.name.endswith(".embed_tokens.weight"))
@@ -146,12 +148,13 @@ def _check_tensors(directory, parts, found, config):
     expected = {part.name for _, part in parts}
     wrong, layouts = [], {}
     for weight, part in parts:
-        shape = found[part.name].shape if part.name in found else part.shape
-        if shape != part.shape and not (weight.linear and shape == part.shape[::-1]):
-            wrong.append(f"{part.name} is {list(shape)} instead of {list(part.shape)}")
+        shape = found[part.name].shape if part.name in found else part.stored_shape
+        if shape != part.stored_shape and not (weight.linear and shape == part.shape[::-1]):
+            wrong.append(f"{part.name} is {list(shape)} instead of {list(part.stored_shape)}")
         elif part.name in found and weight.linear and shape[0] != shape[1]:
             layouts.setdefault("torch" if shape == part.shape else "paddle", part.name)
-    missing = [part.name for _, part in parts if part.name not in found]
+    missing = list(dict.fromkeys(part.name for _, part in parts if part.name not in found))
+    wrong = list(dict.fromkeys(wrong))
     unexpected = [name for name in found if name not in expected]
     problems = [
         f"{len(names)} {what} ({name_some(names)})"
@@ -249,7 +252,7 @@ def read_parameters(config, directory, dtype):
         """Put a published tensor in its place in the parameter."""
         _, weight, part, by_columns = source
         outputs = array.T if weight.linear else array.reshape([-1]) if not array.ndim else array
-        for start, stop, rows in stored.blocks():
+        for start, stop, rows in _blocks_of(part, stored):
             rows = _converted(part.name, rows, stored.dtype, dtype)
             if by_columns:
                 for row, output, count in part.runs:
@@ -273,6 +276,14 @@ def read_parameters(config, directory, dtype):
                     unread[name] -= 1
                     if not unread[name]:
                         yield name, arrays.pop(name)
+
+
+def _blocks_of(part, stored):
+    """Yield ``(start, stop, rows)`` over a part, which may be one of those that a stored tensor has stacked."""
+    if part.index is None:
+        yield from stored.blocks()
+    else:
+        yield 0, part.shape[0], stored.read(part.index, part.index + 1)[0]
 
 
 def _in_background(pool, function, calls, ahead=8):
@@ -384,11 +395,15 @@ def save_checkpoint(
     if stored_dtypes is not None and dtype is None and all(map(is_exact, table)):
         chosen = stored_dtypes
 
-    def outgoing(weight, part):
+    def outgoing(weight, part, owners):
         source = _dtype_name(weight.name, parameters[weight.name])
         target = dtype or chosen.get(part.name, source)
         by_columns = _by_columns(weight, layout)
         shape = part.shape[::-1] if by_columns else part.shape
+
+        def stacked():
+            for owner in owners:
+                yield _converted(part.name, np.ascontiguousarray(fetch(owner.name))[None], source, target)
 
         def rows():
             array = fetch(weight.name)
@@ -403,9 +418,15 @@ def save_checkpoint(
                         block[row] = outputs[output]
                 yield _converted(part.name, block, source, target)
 
+        if part.index is not None:
+            return OutgoingTensor(part.name, target, part.stored_shape, stacked)
         return OutgoingTensor(part.name, target, shape, rows)
 
-    tensors = [outgoing(weight, part) for weight in table for part in weight.parts]
+    published = {}  # by name: several weights own a tensor that has experts stacked
+    for weight in table:
+        for part in weight.parts:
+            published.setdefault(part.name, (weight, part, []))[2].append(weight)
+    tensors = [outgoing(*entry) for entry in published.values()]
     write_safetensors(directory, tensors, _METADATA[layout], max_shard_size, progress)
 
 
@@ -428,7 +449,8 @@ def convert_checkpoint(checkpoint, directory, layout, max_shard_size="5GB", dtyp
         CheckpointError: see :func:`read_parameters` and :func:`save_checkpoint`.
     """
     with _OneOpenFile() as files:
-        tensors = [_converted_tensor(files, source, layout, dtype) for source in checkpoint.sources]
+        whole = {source.part.name: source for source in checkpoint.sources}  # experts that are stacked are one tensor
+        tensors = [_converted_tensor(files, source, layout, dtype) for source in whole.values()]
         write_safetensors(directory, tensors, _METADATA[layout], max_shard_size, progress)
 
 
@@ -477,7 +499,7 @@ class _OneOpenFile(contextlib.ExitStack):
 def _converted_tensor(files, source, layout, dtype):
     location, weight, part, was_by_columns = source
     by_columns = _by_columns(weight, layout)
-    shape = part.shape[::-1] if by_columns else part.shape
+    shape = part.shape[::-1] if by_columns else part.stored_shape
     target = dtype or location.dtype
 
     def rows():

@@ -15,11 +15,20 @@ class Part(NamedTuple):
 
     ``shape`` is that of the torch layout. Each of ``runs`` is ``(row, output, count)``: so many rows of the published
     tensor from ``row`` on are the outputs (columns of a linear weight, else rows) from ``output`` on of the parameter.
+    Where experts are stacked in one tensor, ``index`` is the number of the one that is meant: ``shape`` and ``runs`` are of
+    it alone, and ``stacked`` is how many there are.
     """
 
     name: str
     shape: tuple
     runs: tuple
+    index: int | None = None
+    stacked: int = 0
+
+    @property
+    def stored_shape(self):
+        """Shape of the whole tensor."""
+        return self.shape if self.index is None else (self.stacked, *self.shape)
 
 
 class Weight(NamedTuple):
@@ -93,6 +102,10 @@ _SEPARATE = {
 _PUBLISHED = {
     "LlamaForCausalLM": _SEPARATE,
     "Qwen2ForCausalLM": _SEPARATE,
+    "Qwen3ForCausalLM": _SEPARATE,
+    "Qwen3MoeForCausalLM": _SEPARATE,
+    "InternLM3ForCausalLM": _SEPARATE,
+    "GptOssForCausalLM": {**_SEPARATE, "mlp.gate": ("mlp.router",)},
     "Phi3ForCausalLM": {},
     "InternLM2ForCausalLM": {
         "embed_tokens": ("tok_embeddings",),
@@ -107,8 +120,13 @@ _PUBLISHED = {
 }
 
 
+def head_name(config, prefix="language_model"):
+    """What a file of the language model's family calls the weight of the output head."""
+    return f"{prefix}.{_PUBLISHED[config.family].get('lm_head', ('lm_head',))[0]}.weight"
+
+
 def language(config, prefix="language_model"):
-    """Weights of the decoder that a ``LanguageConfig`` describes; those of the head are the last."""
+    """Weights of the decoder that a ``LanguageConfig`` describes; those of the head are the last, unless it is tied."""
     names = _PUBLISHED[config.family]
     width, head = config.hidden_size, config.head_dim
     qkv = [count * head for count in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
@@ -142,13 +160,44 @@ def language(config, prefix="language_model"):
         yield one(layer, "input_layernorm", width)
         yield from product(layer, "self_attn.qkv_proj", width, qkv, bias=config.qkv_bias)
         yield from product(layer, "self_attn.o_proj", qkv[0], [width], bias=config.o_bias)
+        if config.qk_norm:
+            yield one(layer, "self_attn.q_norm", head)
+            yield one(layer, "self_attn.k_norm", head)
+        if config.sinks:
+            yield plain(f"{layer}.self_attn.sinks", config.num_attention_heads)
         if config.cross_attention_frequency and i % config.cross_attention_frequency == 0:
             yield from _cross_attention(config, f"{layer}.cross_attn")
         yield one(layer, "post_attention_layernorm", width)
-        yield from product(layer, "mlp.gate_up_proj", width, [config.intermediate_size] * 2)
-        yield from product(layer, "mlp.down_proj", config.intermediate_size, [width])
+        if config.is_sparse(i):
+            yield from product(layer, "mlp.gate", width, [config.experts.count], bias=config.experts.bias)
+            yield from _experts(config, f"{layer}.mlp.experts")
+        else:
+            yield from product(layer, "mlp.gate_up_proj", width, [config.intermediate_size] * 2, bias=config.mlp_bias)
+            yield from product(layer, "mlp.down_proj", config.intermediate_size, [width], bias=config.mlp_bias)
     yield one(model, "norm", width)
-    yield from product(prefix, "lm_head", width, [config.vocab_size])
+    if not config.tie_word_embeddings:
+        yield from product(prefix, "lm_head", width, [config.vocab_size])
+
+
+def _experts(config, prefix):
+    """Weights of a layer's experts, each of which is a gated MLP of its own in the model."""
+    width, experts = config.hidden_size, config.experts
+    for i in range(experts.count):
+        if config.family == "GptOssForCausalLM":
+            yield from _stacked(prefix, i, experts.count, "gate_up_proj", width, 2 * experts.width)
+            yield from _stacked(prefix, i, experts.count, "down_proj", experts.width, width)
+            continue
+        halves = (("gate_proj", 0), ("up_proj", experts.width))
+        parts = [(f"{prefix}.{i}.{name}", ((0, first, experts.width),)) for name, first in halves]
+        yield from linear(f"{prefix}.{i}.gate_up_proj", width, 2 * experts.width, experts.bias, parts)
+        yield from linear(f"{prefix}.{i}.down_proj", experts.width, width, experts.bias)
+
+
+def _stacked(prefix, i, count, name, size_in, size_out):
+    """gpt-oss has all experts of a layer in one tensor, ``[experts, in, out]`` in every layout."""
+    for kind, published, shape in (("weight", name, (size_in, size_out)), ("bias", f"{name}_bias", (size_out,))):
+        part = Part(f"{prefix}.{published}", shape, ((0, 0, shape[0]),), i, count)
+        yield Weight(f"{prefix}.{i}.{name}.{kind}", shape, False, (part,))
 
 
 def _cross_attention(config, name):

@@ -334,6 +334,8 @@ struct Attention {
   const void *k, *v;
   float* out;
   const int64_t* starts;  // null: every row starts at 0
+  const float* sinks;     // null: none; else one more logit for each head
+  int64_t window;         // keys that a query sees, its own included; 0: all
   int64_t causal;
   float scale;
 };
@@ -363,11 +365,13 @@ void attend(const Attention& a, int64_t b, int64_t kv, int64_t first, int64_t ro
 #pragma omp simd
     for (int64_t d = 0; d < width; ++d) store(q + i * width + d, from[d] * scale);
     peak[i] = -INFINITY, total[i] = 0;
+    if (a.sinks) peak[i] = a.sinks[kv * group + (first + i) % group] * 1.44269504f, total[i] = 1;
   }
   std::fill(out, out + rows * width, 0.f);
 
-  const int64_t start = a.starts ? a.starts[b] : 0;
   const int64_t past = a.length - a.queries;
+  int64_t start = a.starts ? a.starts[b] : 0;
+  if (a.window) start = std::max(start, past + first / group - a.window + 1);
   const int64_t end = a.causal ? past + (first + rows - 1) / group + 1 : a.length;
   for (int64_t j = start; j < end;) {
     bool last = end - j <= kKeyBlock + kKeyBlock / 4;
@@ -381,20 +385,23 @@ void attend(const Attention& a, int64_t b, int64_t kv, int64_t first, int64_t ro
     for (int64_t i = 0; i < rows; ++i) {
       int64_t visible = std::min(columns, (a.causal ? past + (first + i) / group + 1 : a.length) - j);
       visible = std::max<int64_t>(visible, 0);
+      int64_t low = a.window ? std::max<int64_t>(past + (first + i) / group - a.window + 1 - j, 0) : 0;
+      low = std::min(low, visible);
       const float* s = scores + i * stride;
       T* to = p + i * stride;
       float top = peak[i];
 #pragma omp simd reduction(max : top)
-      for (int64_t c = 0; c < visible; ++c) top = s[c] > top ? s[c] : top;
+      for (int64_t c = low; c < visible; ++c) top = s[c] > top ? s[c] : top;
       float sum = 0;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t c = 0; c < visible; ++c) {
+      for (int64_t c = low; c < visible; ++c) {
         float e = exp2_nonpositive(s[c] - top);
         store(to + c, e);
         sum += e;
       }
+      std::fill(to, to + low, T(0));
       std::fill(to + visible, to + columns, T(0));
-      if (visible && top > peak[i]) {
+      if (visible > low && top > peak[i]) {
         float shrink = exp2_nonpositive(peak[i] - top);
         total[i] *= shrink;
         float* o = out + i * width;
@@ -453,8 +460,8 @@ void to_bf16(const void* x, const Attention& a, int64_t keys, int64_t* stride, b
 
 template <class T>
 void rotate_rows(const float* qkv, const float* cosines, const float* sines, int64_t table_batch, int64_t batch,
-                 int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t offset, int64_t capacity, float* q,
-                 T* k_cache, T* v_cache) {
+                 int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t offset, int64_t capacity,
+                 const float* q_norm, const float* k_norm, float eps, float* q, T* k_cache, T* v_cache) {
   const int64_t half = width / 2, all = heads + 2 * kv_heads;
 #pragma omp parallel for if (batch * tokens > 16)
   for (int64_t row = 0; row < batch * tokens; ++row) {
@@ -462,7 +469,13 @@ void rotate_rows(const float* qkv, const float* cosines, const float* sines, int
     const float* x = qkv + row * all * width;
     const float* cos = cosines + ((table_batch > 1 ? b : 0) * tokens + n) * width;
     const float* sin = sines + ((table_batch > 1 ? b : 0) * tokens + n) * width;
-    auto rotate = [&](const float* from, auto* to) {
+    thread_local Scratch head;
+    auto rotate = [&](const float* from, const float* norm, auto* to) {
+      if (norm) {  // each head by itself
+        float* normed = head.get<float>(width);
+        normalize_row(from, width, Norm{norm, nullptr, eps}, normed);
+        from = normed;
+      }
 #pragma omp simd
       for (int64_t d = 0; d < half; ++d) {
         float low = from[d], high = from[d + half];
@@ -470,8 +483,8 @@ void rotate_rows(const float* qkv, const float* cosines, const float* sines, int
         store(to + d + half, high * cos[d + half] + low * sin[d + half]);
       }
     };
-    for (int64_t h = 0; h < heads; ++h) rotate(x + h * width, q + (row * heads + h) * width);
-    for (int64_t h = 0; h < kv_heads; ++h) rotate(x + (heads + h) * width, k_cache + cached + h * width);
+    for (int64_t h = 0; h < heads; ++h) rotate(x + h * width, q_norm, q + (row * heads + h) * width);
+    for (int64_t h = 0; h < kv_heads; ++h) rotate(x + (heads + h) * width, k_norm, k_cache + cached + h * width);
     normalize_row(x + (heads + kv_heads) * width, kv_heads * width, Norm{}, v_cache + cached);
   }
 }
@@ -595,13 +608,14 @@ const char* attention_run(int threads, const Attention* shapes, int kv_type, int
 
 const char* rotate_run(int threads, const float* qkv, const float* cos, const float* sin, int64_t table_batch, int64_t batch,
                        int64_t tokens, int64_t heads, int64_t kv_heads, int64_t width, int64_t offset, int64_t capacity,
-                       int cache_type, float* q, void* k_cache, void* v_cache) {
+                       int cache_type, const float* q_norm, const float* k_norm, float eps, float* q, void* k_cache,
+                       void* v_cache) {
   return guarded(threads, [&] {
     if (cache_type == kF32)
-      rotate_rows(qkv, cos, sin, table_batch, batch, tokens, heads, kv_heads, width, offset, capacity, q,
+      rotate_rows(qkv, cos, sin, table_batch, batch, tokens, heads, kv_heads, width, offset, capacity, q_norm, k_norm, eps, q,
                   static_cast<float*>(k_cache), static_cast<float*>(v_cache));
     else
-      rotate_rows(qkv, cos, sin, table_batch, batch, tokens, heads, kv_heads, width, offset, capacity, q,
+      rotate_rows(qkv, cos, sin, table_batch, batch, tokens, heads, kv_heads, width, offset, capacity, q_norm, k_norm, eps, q,
                   static_cast<bf16*>(k_cache), static_cast<bf16*>(v_cache));
   });
 }

@@ -44,7 +44,7 @@ _SIGNATURES = {
     "mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "norm_run": [_pointer, *[_long] * 3, _pointer, _pointer, _float, _pointer],
     "attention_run": [_pointer, _int, _int],
-    "rotate_run": [*[_pointer] * 3, *[_long] * 8, _int, *[_pointer] * 3],
+    "rotate_run": [*[_pointer] * 3, *[_long] * 8, _int, _pointer, _pointer, _float, *[_pointer] * 3],
 }
 _threads = 0
 _times = None  # of calls, by kernel, within timed()
@@ -289,13 +289,14 @@ class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, _long) for name in ("batch", "queries", "heads", "keys", "kv_heads", "width", "length")),
         *((name, _long * 3) for name in ("q_stride", "k_stride", "v_stride")),
-        *((name, _pointer) for name in ("q", "k", "v", "out", "starts")),
+        *((name, _pointer) for name in ("q", "k", "v", "out", "starts", "sinks")),
+        ("window", _long),
         ("causal", _long),
         ("scale", _float),
     ]
 
 
-def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="bfloat16"):
+def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="bfloat16", window=None, sinks=None):
     """Scaled dot-product attention with grouped queries; scores never leave the cache (arXiv 2205.14135).
 
     Args:
@@ -307,6 +308,8 @@ def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="b
         starts: first visible key of each row, ``[B]`` int64 array, for left-padded batches. Queries before it give zeros.
         scale: factor on the scores, ``D ** -0.5`` by default.
         dtype: dtype of the products' operands; scores, softmax and sums are float32.
+        window: how many keys, that of its own position included, a query sees, if ``causal``; None for all.
+        sinks: ``[H]`` float32, one more logit in each head's softmax that no value belongs to; None for none.
 
     Returns:
         ``[B, N, H * D]`` float32.
@@ -320,6 +323,10 @@ def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="b
         raise ValueError(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit each other")
     if not queries <= length <= keys:
         raise ValueError(f"length {length} must be between the number of queries, {queries}, and of keys, {keys}")
+    if sinks is not None and _float32(sinks, "sinks").shape != [heads]:
+        raise ValueError(f"sinks {sinks.shape} must be one for each of {heads} heads")
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"a window of {window} must be positive, and attention causal")
     q, k, v = (x if x.strides[-1] == 1 else x.contiguous() for x in (q, k, v))
     out = paddle.empty([batch, queries, heads * width], "float32")
     if starts is not None:
@@ -330,13 +337,13 @@ def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="b
         batch, queries, heads, keys, kv_heads, width, length,
         tuple(q.strides[:3]), tuple(k.strides[:3]), tuple(v.strides[:3]),
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), None if starts is None else starts.ctypes.data,
-        causal, width**-0.5 if scale is None else scale,
+        _address(sinks), window or 0, causal, width**-0.5 if scale is None else scale,
     )  # fmt: skip
     _call("attention_run", ctypes.byref(shapes), DTYPES["bfloat16" if k.dtype == paddle.bfloat16 else "float32"], DTYPES[dtype])
     return out
 
 
-def rotate_and_cache(qkv, cos, sin, heads, k_cache, v_cache, offset):
+def rotate_and_cache(qkv, cos, sin, heads, k_cache, v_cache, offset, norms=None):
     """Apply rotary positions (arXiv 2104.09864, halves swapped) and put keys and values where they belong.
 
     Args:
@@ -345,6 +352,7 @@ def rotate_and_cache(qkv, cos, sin, heads, k_cache, v_cache, offset):
         heads: ``H``.
         k_cache, v_cache: contiguous ``[B, capacity, K, D]``, float32 or bfloat16; positions from ``offset`` on are written.
         offset: first position to write.
+        norms: for queries and keys, two root-mean-square :class:`Norm` of width ``D`` that each head goes through first.
 
     Returns:
         Rotated queries ``[B, N, H, D]`` float32.
@@ -361,9 +369,10 @@ def rotate_and_cache(qkv, cos, sin, heads, k_cache, v_cache, offset):
     if not 0 <= offset <= capacity - tokens:
         raise ValueError(f"the cache holds {capacity} positions; {offset + tokens} were asked for")
     q = paddle.empty([batch, tokens, heads, width], "float32")
+    (q_norm, _, eps), (k_norm, _, _) = (norm.arguments for norm in norms) if norms else (_NO_NORM, _NO_NORM)
     _call(
         "rotate_run", qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), cos.shape[0], batch, tokens, heads, kv_heads, width,
-        offset, capacity, DTYPES["bfloat16" if k_cache.dtype == paddle.bfloat16 else "float32"],
+        offset, capacity, DTYPES["bfloat16" if k_cache.dtype == paddle.bfloat16 else "float32"], q_norm, k_norm, eps,
         q.data_ptr(), k_cache.data_ptr(), v_cache.data_ptr(),
     )  # fmt: skip
     return q
@@ -426,12 +435,18 @@ def _self_check(dtype):
         check("rotary positions", rotated, turned[:, :, :heads])
         check("key cache", k_cache.astype("float32"), k)
         check("value cache", v_cache.astype("float32"), v)
-        got = attention(rotated, k_cache, v_cache, causal=causal, length=length, starts=[start], dtype=dtype)
         query, key = length - tokens + np.arange(tokens), np.arange(length)
-        seen = (key >= start) & ((key <= query[:, None]) | (not causal))
-        expected = []
-        for head in range(heads):
-            scores = turned[0, :, head] @ k[0, :length, head * kv_heads // heads].T / np.sqrt(head_dim)
-            weight = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
-            expected.append(weight / weight.sum(-1, keepdims=True) @ v[0, :length, head * kv_heads // heads])
-        check("attention", got.reshape([tokens, heads, head_dim]), np.stack(expected, 1))
+        for window, sinks in ((None, None), (100, normal(heads))) if causal else ((None, None),):
+            got = attention(
+                rotated, k_cache, v_cache, causal=causal, length=length, starts=[start], dtype=dtype, window=window,
+                sinks=None if sinks is None else paddle.to_tensor(sinks),
+            )  # fmt: skip
+            seen = (key >= start) & ((key <= query[:, None]) | (not causal)) & (key > query[:, None] - (window or length))
+            expected = []
+            for head in range(heads):
+                scores = turned[0, :, head] @ k[0, :length, head * kv_heads // heads].T / np.sqrt(head_dim)
+                peak = scores.max(-1, keepdims=True)
+                weight = np.where(seen, np.exp(scores - peak), 0)
+                total = weight.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks[head] - peak))
+                expected.append(weight / total @ v[0, :length, head * kv_heads // heads])
+            check("attention", got.reshape([tokens, heads, head_dim]), np.stack(expected, 1))

@@ -276,7 +276,7 @@ def _adapter_inputs(config, counts):
     """Inputs that the adapters of one block of the language model keep, in values a token."""
     first = "language_model.model.layers.0."
     llm = config.llm_config
-    wide = llm.intermediate_size
+    wide = llm.intermediate_size if llm.experts is None else llm.experts.width
     names = [name for name in counts if name.startswith(first) and ".lora_A." in name]
     return sum(wide if ".down_proj." in name else llm.hidden_size for name in names)
 
@@ -285,10 +285,13 @@ def _language_activations(config, batch, element, flash, recompute, adapter_inpu
     """Bytes that are kept until the backward pass, and the most that is in use for a moment beside them."""
     llm = config.llm_config
     width, kv, hidden = llm.hidden_size, llm.num_key_value_heads * llm.head_dim, llm.intermediate_size
+    heads = llm.num_attention_heads * llm.head_dim
+    if llm.experts is not None:  # each token's experts keep their inner activations, and their input and output
+        hidden = llm.experts.active * (llm.experts.width + width)
     # What a block keeps of a token.
     norms = 2 * (4 + 2 * element) * width  # each: the input in float32, and the result before and after its weight
-    rope = 8 * (width + kv)  # queries and keys in float32, and these with their halves swapped
-    qkv = element * (2 * width + 2 * kv)  # what attention takes and gives
+    rope = 8 * (heads + kv)  # queries and keys in float32, and these with their halves swapped
+    qkv = element * (2 * heads + 2 * kv)  # what attention takes and gives
     scores = 0 if flash else (4 if element == 4 else 4 + element) * llm.num_attention_heads * batch.tokens
     mlp = element * 3 * hidden  # gate and up, and their product
     adapters = (element + 1) * adapter_inputs  # inputs after dropout, and where it struck

@@ -15,6 +15,7 @@ from paddlemix.arrays import host_array
 from paddlemix.checkpoints.checkpoint import save_checkpoint, save_packed
 from paddlemix.errors import PromptError
 
+from .experts import balance_loss
 from .generation import GenerationConfig, generate_tokens
 from .inputs import checked_pixels, padding_mask, pixel_tensor, token_ids
 from .language import LanguageModel
@@ -191,10 +192,19 @@ class ChatModel(nn.Layer):
         mask = None if attention_mask is None else AttentionMask.from_padding(attention_mask)
         if segment_ids is not None:
             mask = AttentionMask(None if mask is None else mask.starts, segment_ids)
-        hidden = self.language_model(embeds, position_ids, mask)
+        llm = self.config.llm_config
+        router_logits = None if llm.experts is None else []
+        hidden = self.language_model(embeds, position_ids, mask, router_logits=router_logits)
         head = self.language_model.lm_head
         loss = None if labels is None else chunked_causal_loss(head, hidden, labels, loss_weight)
-        return CausalLMOutput(loss, hidden, head)
+        aux_loss = None
+        if router_logits:
+            parts = [np.asarray(part) > 0 for part in (attention_mask, segment_ids) if part is not None]  # segment 0 is padding
+            kept = np.logical_and.reduce(parts).reshape(-1) if parts else None
+            aux_loss = balance_loss(router_logits, llm.experts.active, kept)
+            if loss is not None and llm.output_router_logits:
+                loss = loss + llm.router_aux_loss_coef * aux_loss
+        return CausalLMOutput(loss, hidden, head, aux_loss)
 
     # ------------------------------------------------------------------ generating
 

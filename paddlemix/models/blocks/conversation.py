@@ -25,9 +25,11 @@ class Template:
         user: text before and after what the user says.
         assistant: text before what the assistant says; a prompt ends with it.
         end: text after what the assistant says; its first token ends an answer.
+        last_end: text after the last answer of a conversation, where it is another: this then ends an answer.
         lead: text that begins what the assistant says.
         strip: whether messages are stripped of white space, as this model was trained.
         again: text before the user's part in every round but the first.
+        channels: whether an answer is written in channels (OpenAI's harmony format): an analysis, and what is said in the end.
     """
 
     # What else than the token ends an answer, and whether the answer is cut there.
@@ -43,11 +45,13 @@ class Template:
     lead: str = ""
     strip: bool = False
     again: str = ""
+    last_end: str | None = None
+    channels: bool = False
 
     @property
     def stop(self):
         """The token that ends an answer."""
-        return self.end.strip()
+        return (self.last_end or self.end).strip()
 
     def with_system_message(self, message):
         """The same template telling the model to be somebody else; None keeps it as it is."""
@@ -57,16 +61,41 @@ class Template:
         """Write ``turns``, a list of (question, answer) whose last answer may be None, as (before answer, answer) texts."""
         clean = str.strip if self.strip else str
         written, before = [], self.system.format(self.system_message)
-        for question, answer in turns:
+        turns = list(turns)
+        for i, (question, answer) in enumerate(turns):
             before += (self.again if written else "") + self.user[0] + clean(question) + self.user[1] + self.assistant
-            written.append((before, None if answer is None else self.lead + clean(answer) + self.end))
+            end = self.last_end if self.last_end and i == len(turns) - 1 else self.end
+            written.append((before, None if answer is None else self.lead + clean(answer) + end))
             before = ""
         return written
+
+    def learned(self, answer):
+        """An answer of a training sample as the model shall write it: in channels, where this template has them."""
+        if not self.channels or answer.startswith("<|channel|>"):
+            return answer
+        thought, answer = split_thought(answer) if answer.lstrip().startswith("<think>") else ("", answer)
+        return self.in_channels(thought, answer)
+
+    def in_channels(self, thought, answer):
+        """An answer, and what was thought before it, as the model writes them."""
+        analysis = f"<|channel|>analysis<|message|>{thought}<|end|>{self.assistant}" if thought else ""
+        return f"{analysis}<|channel|>final<|message|>{answer}"
 
     def prompt(self, question, history=()):
         """The text that asks ``question`` after ``history``, a list of (question, answer)."""
         rounds = self.rounds([*history, (question, None)])
         return "".join(before + (answer or "") for before, answer in rounds)
+
+
+def split_thought(text):
+    """``(thought, answer)``, stripped: what stands within ``<think>``, and what follows the last ``</think>``.
+
+    Without that the model was still thinking: all of it is thought.
+    """
+    thought, end, answer = text.rpartition("</think>")
+    if not end:
+        thought, answer = answer, ""
+    return (thought.partition("<think>")[2] if "<think>" in thought else thought).strip(), answer.strip()
 
 
 def insert_image_tokens(texts, image_token_counts):
@@ -129,22 +158,24 @@ def encode_conversations(conversations, tokenizer, template, image_token_counts=
     if len(turns) < 2:
         raise PromptError("the conversation has no answer to learn: it needs a 'human' turn followed by a 'gpt' turn")
     questions = insert_image_tokens([t["value"] for t in turns[0::2]], image_token_counts)
-    answers = [t["value"] for t in turns[1::2]]  # a last question without an answer is of no use
+    # A last question without an answer is of no use.
+    answers = [template.learned(t["value"]) for t in turns[1::2]]
 
     def encode(text, start):
         return tokenizer.encode(text, add_special_tokens=start)
 
-    return encode_rounds(template, zip(questions, answers), encode, tokenizer.convert_tokens_to_ids(template.stop))
+    stops = {tokenizer.convert_tokens_to_ids(end.strip()) for end in (template.end, template.last_end) if end}
+    return encode_rounds(template, zip(questions, answers), encode, stops)
 
 
-def encode_rounds(template, turns, encode, stop):
+def encode_rounds(template, turns, encode, stops):
     """Token ids and labels of answered questions, the ids being those of the whole text.
 
     Args:
         template: a :class:`Template` whose answers end in a token.
         turns: (question, answer) pairs.
         encode: ``encode(text, start)`` gives the ids of a text, with what begins a prompt if ``start``.
-        stop: id of the token that ends an answer.
+        stops: ids of the tokens that end an answer.
 
     Returns:
         ``(input_ids, labels)``, see :func:`encode_conversations`.
@@ -158,7 +189,7 @@ def encode_rounds(template, turns, encode, stop):
             before, held = template.stop + before, 1
         ids, header = (encode(text, first)[held:] for text in (before + answer, before))
         start = next((k for k, (a, b) in enumerate(zip(ids, header)) if a != b), len(header))
-        end = len(ids) - ids[::-1].index(stop)
+        end = next(k for k in range(len(ids), 0, -1) if ids[k - 1] in stops)
         input_ids += ids
         labels += [IGNORE_INDEX] * start + ids[start:end] + [IGNORE_INDEX] * (len(ids) - end)
     return input_ids, labels

@@ -6,6 +6,7 @@ activations stay float32 tensors, so that everything around the blocks works as 
 be trained, and is saved from the files that it came from.
 """
 
+import numpy as np
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
@@ -13,6 +14,9 @@ from paddle.nn import functional as F
 from paddlemix import device
 from paddlemix.errors import DeviceError
 from paddlemix.kernels import cpu as kernels
+
+from .experts import run_experts
+from .language import TiedHead
 
 ENGINES = ("auto", "eager", "inference")
 
@@ -81,9 +85,9 @@ def fuse(model, dtype):
             stack[i] = fused(stack[i], dtype)
     if len(model.mlp1):
         model.mlp1 = _Projector(model.mlp1, dtype)
+    language.lm_head = _Linear(language.lm_head, dtype)  # may be the embedding, which is then there twice: packed and not
     language.model.embed_tokens = _Embedding(language.model.embed_tokens)
     language.model.norm = _Norm(language.model.norm)
-    language.lm_head = _Linear(language.lm_head, dtype)
     language.cache_dtype = dtype  # attention rounds keys and values to it anyway
     model.packed, model.source = True, None  # who knows where the weights came from says so again
     model.vision_batch = 1  # a tile's activations fit the cache; more at a time only cost memory
@@ -96,10 +100,12 @@ def _norm(layer):
     return kernels.Norm(layer.weight.astype("float32"), None if bias is None else bias.astype("float32"), eps)
 
 
-def _pack(layer, dtype, scale=None, first=0, last=None):
-    """Weights of a linear layer for the kernels; ``scale [out]`` is multiplied in; outputs ``first`` to ``last`` are kept."""
-    weight, bias = layer.weight[:, first:last], layer.bias
-    bias = None if bias is None else bias[first:last].astype("float32")
+def _pack(layer, dtype, scale=None, columns=None):
+    """Weights of a linear layer for the kernels; ``scale [out]`` is multiplied in; of ``columns``, a slice, alone if given."""
+    weight, bias = layer.weight, layer.bias
+    if columns is not None:
+        weight, bias = weight[:, columns], None if bias is None else bias[columns]
+    bias = None if bias is None else bias.astype("float32").contiguous()
     if scale is not None:
         scale = scale.astype("float32")
         weight, bias = weight.astype("float32") * scale, bias * scale
@@ -118,7 +124,10 @@ class _Norm(nn.Layer):
 class _Linear(nn.Layer):
     def __init__(self, layer, dtype):
         super().__init__()
-        self.linear = _pack(layer, dtype)
+        if isinstance(layer, TiedHead):
+            self.linear = kernels.PackedLinear(layer.embedding.weight, None, dtype, transposed=True)
+        else:
+            self.linear = _pack(layer, dtype)
 
     def forward(self, x):
         return self.linear(x)
@@ -198,13 +207,13 @@ class _DecoderLayer(nn.Layer):
     def __init__(self, layer, dtype):
         super().__init__()
         attn, mlp = layer.self_attn, layer.mlp
-        hidden = mlp.gate_up_proj.weight.shape[1] // 2
         self.dtype, self.index, (self.heads, self.kv_heads, _) = dtype, attn.index, attn.split
         self.norm1, self.norm2 = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.qkv, self.o = _pack(attn.qkv_proj, dtype), _pack(attn.o_proj, dtype)
-        self.gate = _pack(mlp.gate_up_proj, dtype, last=hidden)
-        self.up = _pack(mlp.gate_up_proj, dtype, first=hidden)
-        self.down = _pack(mlp.down_proj, dtype)
+        self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_norm else None
+        self.window, self.sinks = attn.window, None if attn.sinks is None else attn.sinks.astype("float32")
+        self.is_sparse = layer.is_sparse
+        self.mlp = _Experts(mlp, dtype) if layer.is_sparse else _GatedMLP(mlp, dtype)
 
     def _stores(self, qkv):
         """Room for the keys and values of ``qkv [B, N, ...]``, where there is no cache."""
@@ -215,19 +224,64 @@ class _DecoderLayer(nn.Layer):
         """As :meth:`.language.DecoderLayer.queries_and_keys`."""
         qkv = self.qkv(x, norm=self.norm1)
         keys, values = self._stores(qkv)
-        return kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, 0), keys
+        return kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, 0, self.qk_norms), keys
 
-    def forward(self, x, rope, mask, cache=None, picture=None):
+    def forward(self, x, rope, mask, cache=None, picture=None, with_router=False):
         tokens = x.shape[1]
         if mask.segments is not None or not mask.is_spans or picture is not None:
             raise ValueError("packed rows, a prefix that sees itself and cross-attention are for the eager engine")
         qkv = self.qkv(x, norm=self.norm1)
-        if cache is None:
+        appends = cache is not None and self.window is not None  # the cache keeps the last positions, which have no fixed place
+        if cache is None or appends:
             (keys, values), length = self._stores(qkv), tokens
         else:
             (keys, values), length = cache.stores(self.index), cache.length
-        q = kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, length - tokens)
-        x = self.o(
-            kernels.attention(q, keys, values, causal=True, length=length, starts=mask.starts, dtype=self.dtype), residual=x
+        q = kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, length - tokens, self.qk_norms)
+        starts = mask.starts
+        if appends:
+            keys, values = cache.append(self.index, keys, values)
+            length = keys.shape[1]
+            starts = None if starts is None else np.maximum(starts - (cache.length - length), 0)
+        out = kernels.attention(
+            q, keys, values, causal=True, length=length, starts=starts, dtype=self.dtype, window=self.window, sinks=self.sinks
         )
-        return kernels.mlp(x, self.up, self.down, self.gate, self.norm2, "silu", residual=x)
+        x = self.o(out, residual=x)
+        return self.mlp(x, self.norm2, with_router=True) if with_router else self.mlp(x, self.norm2)
+
+
+class _GatedMLP:
+    """:class:`~.experts.GatedMLP`, fused where its gate is SiLU."""
+
+    def __init__(self, layer, dtype):
+        product, self.limit = layer.gate_up_proj, layer.limit
+        hidden = product.weight.shape[1] // 2
+        # gpt-oss has gate and up in turn.
+        gate, up = (slice(0, hidden), slice(hidden, None)) if self.limit is None else (slice(0, None, 2), slice(1, None, 2))
+        self.gate, self.up = (_pack(product, dtype, columns=columns) for columns in (gate, up))
+        self.down = _pack(layer.down_proj, dtype)
+
+    def __call__(self, x, norm):
+        """``x + mlp(norm(x))``."""
+        return self.run(x, norm, residual=x)
+
+    def run(self, x, norm=None, residual=None):
+        """``residual + mlp(norm(x))``, for ``x [..., D]``."""
+        if self.limit is None:
+            return kernels.mlp(x, self.up, self.down, self.gate, norm, "silu", residual)
+        gate, up = self.gate(x, norm).clip(max=self.limit), self.up(x, norm).clip(-self.limit, self.limit)
+        return self.down((up + 1) * gate * F.sigmoid(1.702 * gate), residual=residual)
+
+
+class _Experts:
+    """:class:`~.experts.MixtureOfExperts`: all weights packed, and only those read that a token goes through."""
+
+    def __init__(self, layer, dtype):
+        self.router = layer.gate.float()
+        self.experts = [_GatedMLP(expert, dtype) for expert in layer.experts]
+
+    def __call__(self, x, norm, with_router=False):
+        """``x + mixture(norm(x))``, and the router's logits as :meth:`~.experts.MixtureOfExperts.forward`."""
+        flat = norm(x).reshape([-1, x.shape[-1]])
+        logits, chosen, weights = self.router(flat)
+        x = x + run_experts(flat, chosen, weights, [expert.run for expert in self.experts]).reshape(x.shape)
+        return (x, logits) if with_router else x

@@ -37,9 +37,11 @@ def decoder_flops(config, tokens, context=0, logits=1):
         logits: positions that go through the output head: 1 in generation, ``tokens`` in training.
     """
     llm = config.llm_config
-    pairs = tokens * context + tokens * (tokens + 1) // 2
-    layer = tokens * _decoder_layer_weights(llm) + 2 * pairs * llm.hidden_size
-    return 2 * (llm.num_hidden_layers * layer + logits * llm.hidden_size * llm.vocab_size)
+    weights = attention = 0
+    for i in range(llm.num_hidden_layers):
+        weights += _layer_weights(llm, i, active=True)
+        attention += 2 * _pairs(tokens, context, llm.window(i)) * llm.num_attention_heads * llm.head_dim
+    return 2 * (tokens * weights + attention + logits * llm.hidden_size * llm.vocab_size)
 
 
 def parameter_counts(config):
@@ -56,15 +58,13 @@ def parameter_counts(config):
     mlp = 2 * width * hidden + hidden + width
     embed = vision.num_channels * vision.patch_size**2 * width + width + width + positions * width
     size_in, size_out = _projector_sizes(config)
-    qkv_width = llm.hidden_size + 2 * llm.num_key_value_heads * llm.head_dim
-    biases = (qkv_width if llm.qkv_bias else 0) + (llm.hidden_size if llm.o_bias else 0)
-    layer = _decoder_layer_weights(llm) + biases + 2 * llm.hidden_size
+    decoder = sum(_layer_weights(llm, i) + _layer_vectors(llm, i) for i in range(llm.num_hidden_layers))
     return {
         "vision": embed + vision.num_hidden_layers * (norms + attention + mlp + 2 * width),
         "projector": 2 * size_in + size_in * size_out + size_out + size_out**2 + size_out,
         "embedding": llm.vocab_size * llm.hidden_size,
-        "decoder": llm.num_hidden_layers * layer + llm.hidden_size,
-        "head": llm.vocab_size * llm.hidden_size,
+        "decoder": decoder + llm.hidden_size,
+        "head": 0 if llm.tie_word_embeddings else llm.vocab_size * llm.hidden_size,
     }
 
 
@@ -83,11 +83,16 @@ def parameter_bytes(config, dtype, parts=None):
 def decode_bytes(config, context, dtype):
     """Bytes that a decode step has to read: weights of blocks and head, and the keys and values of ``context`` positions.
 
+    Of a mixture of experts those alone count that a token goes through.
+
     Of the embedding table one row is read, which is left out.
     """
     llm = config.llm_config
-    cache = llm.num_hidden_layers * 2 * llm.num_key_value_heads * llm.head_dim * context
-    return parameter_bytes(config, dtype, ("decoder", "head")) + BYTES[dtype] * cache
+    idle = sum(_layer_weights(llm, i) - _layer_weights(llm, i, active=True) for i in range(llm.num_hidden_layers))
+    seen = sum(min(context, llm.window(i) or context) for i in range(llm.num_hidden_layers))
+    cache = 2 * llm.num_key_value_heads * llm.head_dim * seen
+    read = parameter_bytes(config, dtype, ("decoder", "embedding" if llm.tie_word_embeddings else "head"))
+    return read + BYTES[dtype] * (cache - idle)
 
 
 def _vision_depth(config):
@@ -101,7 +106,28 @@ def _projector_sizes(config):
     return config.vision_config.hidden_size * round(1 / config.downsample_ratio) ** 2, config.llm_config.hidden_size
 
 
-def _decoder_layer_weights(llm):
-    """Weights of the products of one block: qkv, output, gate, up and down."""
-    key_value = llm.num_key_value_heads * llm.head_dim
-    return llm.hidden_size * (2 * llm.hidden_size + 2 * key_value + 3 * llm.intermediate_size)
+def _pairs(tokens, context, window):
+    """Pairs of a new token and one that it sees, itself included."""
+    growing = tokens if window is None else min(tokens, max(window - context, 0))  # the others see a whole window
+    return growing * context + growing * (growing + 1) // 2 + (tokens - growing) * (window or 0)
+
+
+def _layer_weights(llm, layer, active=False):
+    """Weights of the products of one block: qkv, output, and MLP or router and experts, of these the active ones alone."""
+    attention = 2 * (llm.num_attention_heads + llm.num_key_value_heads) * llm.head_dim
+    experts = llm.experts
+    if not llm.is_sparse(layer):
+        return llm.hidden_size * (attention + 3 * llm.intermediate_size)
+    at_work = experts.active if active else experts.count
+    return llm.hidden_size * (attention + experts.count + 3 * at_work * experts.width)
+
+
+def _layer_vectors(llm, layer):
+    """Biases, norms and sinks of one block."""
+    width, head, heads, kv_heads = llm.hidden_size, llm.head_dim, llm.num_attention_heads, llm.num_key_value_heads
+    count = 2 * width + (heads + 2 * kv_heads) * head * llm.qkv_bias + width * llm.o_bias
+    count += 2 * head * llm.qk_norm + heads * llm.sinks
+    if llm.is_sparse(layer):
+        experts = llm.experts
+        return count + experts.bias * experts.count * (1 + 2 * experts.width + width)
+    return count + (2 * llm.intermediate_size + width) * llm.mlp_bias

@@ -1,9 +1,10 @@
-"""One decoder that is InternLM2, Llama, Qwen2 or Phi-3 by configuration.
+"""One decoder that is InternLM2, InternLM3, Llama, Qwen2, Qwen3, Qwen3-MoE, gpt-oss or Phi-3 by configuration.
 
-All four are pre-norm transformers with grouped-query attention, rotary positions and a gated SiLU MLP. They differ in
-biases, in the scaling of rotary positions and in how checkpoints name and slice their weights, which is the concern of
-``checkpoint.py``. Inside, queries, keys and values are one product, and so are gate and up. ``B`` rows, ``N`` new tokens,
-``S`` positions so far, ``D`` hidden width in the shapes below.
+All are pre-norm transformers with grouped-query attention, rotary positions and a gated MLP. They differ in biases, in the
+scaling of rotary positions, in norms of queries and keys (Qwen3), attention sinks and sliding windows (gpt-oss), mixtures of
+experts (Qwen3-MoE, gpt-oss; :mod:`~.experts`), and in how checkpoints name and slice their weights, which is the concern of
+the checkpoints' table. Inside, queries, keys and values are one product, and so are gate and up. ``B`` rows, ``N`` new
+tokens, ``S`` positions so far, ``D`` hidden width in the shapes below.
 """
 
 import math
@@ -13,7 +14,8 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
-from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention, swiglu
+from .experts import GatedMLP, MixtureOfExperts
+from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention
 
 
 class RotaryTables:
@@ -21,7 +23,7 @@ class RotaryTables:
 
     Scalings: ``linear`` divides positions; ``dynamic`` (NTK) raises the base once a sequence is longer than
     ``max_position_embeddings``, by the length reached so far, as InternLM2 does; ``longrope`` divides frequencies by
-    Phi-3's short or long factors (arXiv 2402.13753).
+    Phi-3's short or long factors (arXiv 2402.13753); ``yarn`` (arXiv 2309.00071) divides the slow ones alone, at every length.
     """
 
     def __init__(self, config):
@@ -40,6 +42,8 @@ class RotaryTables:
         frequencies = 1.0 / np.float32(base) ** exponent
         if config.rope_type == "linear":
             frequencies = frequencies / np.float32(scaling["factor"])
+        if config.rope_type == "yarn":
+            return _yarn(config, frequencies)
         if config.rope_type != "longrope":
             return frequencies, 1.0
         native = config.original_max_position_embeddings
@@ -112,8 +116,32 @@ class RotaryTables:
         return lengths
 
 
+def _yarn(config, frequencies):
+    """Frequencies that YaRN (arXiv 2309.00071) has in place of ``frequencies [D / 2]``, and the factor on cosines and sines.
+
+    What turns more than ``beta_fast`` times within the original context stays, what turns less than ``beta_slow`` times is
+    divided by ``factor``, and between the two it goes over linearly.
+    """
+    scaling, native = config.rope_scaling, config.original_max_position_embeddings
+    factor = scaling.get("factor") or config.max_position_embeddings / native
+
+    def index_of(turns):  # of the frequency that turns so many times
+        return config.head_dim * math.log(native / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = index_of(scaling.get("beta_fast") or 32), index_of(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    slow = np.clip((np.arange(len(frequencies)) - low) / max(high - low, 1e-3), 0, 1).astype("float32")
+    amplitude = scaling.get("attention_factor") or (0.1 * math.log(factor) + 1 if factor > 1 else 1.0)
+    return frequencies * (1 - slow) + frequencies / np.float32(factor) * slow, amplitude
+
+
 class KVCache:
     """Keys and values of every layer, allocated once for ``capacity`` positions and filled in place.
+
+    A layer with a sliding window keeps the positions that its window reaches, and a few before, so that a conversation can
+    go back by these (:meth:`reusable`).
 
     Args:
         config: the language configuration.
@@ -122,11 +150,15 @@ class KVCache:
         dtype: dtype of keys and values.
     """
 
+    SLACK = 64  # positions before its window that a sliding layer keeps
+
     def __init__(self, config, batch, capacity, dtype):
-        shape = [batch * capacity, config.num_key_value_heads, config.head_dim]
         self.batch, self.capacity, self.length = batch, capacity, 0
-        self._keys = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
-        self._values = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
+        self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
+        shape = [batch * capacity, config.num_key_value_heads, config.head_dim]
+        nothing = [batch, 0, *shape[1:]]
+        self._keys = [paddle.zeros(nothing if window else shape, dtype) for window in self.windows]
+        self._values = [paddle.zeros(nothing if window else shape, dtype) for window in self.windows]
         self._rows = None
 
     def reserve(self, count):
@@ -137,9 +169,20 @@ class KVCache:
         self._rows = paddle.to_tensor(rows.reshape(-1))
         self.length += count
 
+    def reusable(self, length):
+        """How many of the first ``length`` positions :meth:`truncate` can go back to: all of them, or 0."""
+        for window, keys in zip(self.windows, self._keys):
+            if window and self.length - keys.shape[1] > max(0, length - window + 1):
+                return 0
+        return length
+
     def truncate(self, length):
         """Forget everything from position ``length`` on."""
-        self.length = min(self.length, length)
+        gone, self.length = max(0, self.length - length), min(self.length, length)
+        for i, window in enumerate(self.windows):
+            if window and gone:
+                kept = max(0, self._keys[i].shape[1] - gone)
+                self._keys[i], self._values[i] = (store[:, :kept].contiguous() for store in self.stores(i))
 
     def grown(self, capacity):
         """This cache if it holds ``capacity`` positions, else a larger one with the same contents (one row only)."""
@@ -147,21 +190,37 @@ class KVCache:
             return self
         for stores in (self._keys, self._values):
             for i, store in enumerate(stores):
-                room = paddle.zeros([capacity - self.capacity, *store.shape[1:]], store.dtype)
-                stores[i] = paddle.concat([store, room])
+                if not self.windows[i]:
+                    room = paddle.zeros([capacity - self.capacity, *store.shape[1:]], store.dtype)
+                    stores[i] = paddle.concat([store, room])
         self.capacity = capacity
         return self
 
     def stores(self, layer):
-        """The layer's keys and values, ``[B, capacity, K, D]`` each, on the cache's own memory."""
+        """The layer's keys and values on the cache's own memory, ``[B, capacity, K, D]`` each; of a sliding layer only the
+        last positions, as many as it has."""
+        if self.windows[layer]:
+            return self._keys[layer], self._values[layer]
         shape = [self.batch, self.capacity, *self._keys[layer].shape[1:]]
         return self._keys[layer].reshape(shape), self._values[layer].reshape(shape)
 
     def append(self, layer, k, v):
-        """Write ``k, v [B, N, K, D]`` of the reserved positions; return all of the layer's, ``[B, S, K, D]`` each."""
+        """Write ``k, v [B, N, K, D]`` of the reserved positions; return all that they can see, ``[B, S, K, D]``."""
+        if self.windows[layer]:
+            return self._slide(layer, k, v)
         for store, new in ((self._keys[layer], k), (self._values[layer], v)):
             paddle.scatter_(store, self._rows, new.reshape([-1, *store.shape[1:]]), overwrite=True)
         return [store[:, : self.length] for store in self.stores(layer)]
+
+    def _slide(self, layer, k, v):
+        """:meth:`append` of a sliding layer: what is behind the window and the slack is forgotten."""
+        seen, kept = [], self.windows[layer] - 1 + self.SLACK
+        for stores, new in ((self._keys, k), (self._values, v)):
+            old = stores[layer]
+            whole = paddle.concat([old, new.astype(old.dtype)], axis=1) if old.shape[1] else new.astype(old.dtype)
+            stores[layer] = whole if whole.shape[1] <= kept else whole[:, -kept:].contiguous()
+            seen.append(whole)
+        return seen
 
 
 class DecoderAttention(nn.Layer):
@@ -170,7 +229,7 @@ class DecoderAttention(nn.Layer):
     def __init__(self, config, index):
         super().__init__()
         width = config.head_dim
-        self.index = index
+        self.index, self.window = index, config.window(index)
         self.split = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         self.fused = config.fused_projections
         if self.fused:
@@ -180,6 +239,13 @@ class DecoderAttention(nn.Layer):
                 Linear(config.hidden_size, heads * width, bias=config.qkv_bias) for heads in self.split
             )
         self.o_proj = Linear(config.num_attention_heads * width, config.hidden_size, bias=config.o_bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(width, config.rms_norm_eps) for _ in "qk")
+        self.sinks = None
+        if config.sinks:
+            normal = nn.initializer.Normal(std=config.initializer_range)
+            self.sinks = self.create_parameter([config.num_attention_heads], default_initializer=normal)
 
     def project(self, x, rope):
         """``x [B, N, D]`` -> rotated queries ``[B, N, H, d]`` and keys, and values, ``[B, N, K, d]``."""
@@ -190,6 +256,8 @@ class DecoderAttention(nn.Layer):
         else:
             products = self.q_proj(x), self.k_proj(x), self.v_proj(x)
             q, k, v = (y.reshape([batch, tokens, heads, -1]) for y, heads in zip(products, self.split))
+        if self.qk_norm:  # each head by itself
+            q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, *rope), apply_rope(k, *rope), v
 
     def forward(self, x, rope, mask, cache, residual):
@@ -197,25 +265,8 @@ class DecoderAttention(nn.Layer):
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        return self.o_proj(attention(q, k, v, mask), residual=residual)
-
-
-class DecoderMLP(nn.Layer):
-    """Gated SiLU MLP (arXiv 2002.05202)."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.fused = config.fused_projections
-        if self.fused:
-            self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        else:
-            self.gate_proj, self.up_proj = (Linear(config.hidden_size, config.intermediate_size, bias=False) for _ in range(2))
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
-
-    def forward(self, x, residual):
-        """``residual + mlp(x)``, all ``[B, N, D]``."""
-        gated = swiglu(self.gate_up_proj(x)) if self.fused else swiglu(self.gate_proj(x), self.up_proj(x))
-        return self.down_proj(gated, residual=residual)
+        first = 0 if cache is None else cache.length - k.shape[1]
+        return self.o_proj(attention(q, k, v, mask, self.window, self.sinks, first), residual=residual)
 
 
 class CrossAttention(nn.Layer):
@@ -250,7 +301,8 @@ class DecoderLayer(nn.Layer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = DecoderAttention(config, index)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = DecoderMLP(config)
+        self.is_sparse = config.is_sparse(index)
+        self.mlp = MixtureOfExperts(config) if self.is_sparse else GatedMLP(config, config.intermediate_size, config.mlp_bias)
         frequency = config.cross_attention_frequency
         self.cross_attn = CrossAttention(config) if frequency and index % frequency == 0 else None
 
@@ -258,12 +310,13 @@ class DecoderLayer(nn.Layer):
         """What attention compares: rotated queries ``[B, N, H, d]`` and keys ``[B, N, K, d]`` of ``x [B, N, D]``."""
         return self.self_attn.project(self.input_layernorm(x), rope)[:2]
 
-    def forward(self, x, rope, mask, cache=None, picture=None):
-        """``[B, N, D] -> [B, N, D]``."""
+    def forward(self, x, rope, mask, cache=None, picture=None, with_router=False):
+        """``[B, N, D] -> [B, N, D]``; ``with_router`` adds a sparse layer's router logits ``[B * N, experts]``."""
         x = self.self_attn(self.input_layernorm(x), rope, mask, cache, residual=x)
         if picture is not None and self.cross_attn is not None:
             x = self.cross_attn(x, picture)
-        return self.mlp(self.post_attention_layernorm(x), residual=x)
+        normed = self.post_attention_layernorm(x)
+        return self.mlp(normed, residual=x, with_router=True) if with_router else self.mlp(normed, residual=x)
 
 
 class Decoder(nn.Layer):
@@ -281,8 +334,11 @@ class Decoder(nn.Layer):
         self.rope = RotaryTables(config)
         self.enable_recompute = False
 
-    def forward(self, inputs_embeds, position_ids, mask, cache=None, picture=None):
-        """``inputs_embeds [B, N, D]``, ``position_ids [B or 1, N]`` -> hidden states ``[B, N, D]``, normalised."""
+    def forward(self, inputs_embeds, position_ids, mask, cache=None, picture=None, router_logits=None):
+        """``inputs_embeds [B, N, D]``, ``position_ids [B or 1, N]`` -> hidden states ``[B, N, D]``, normalised.
+
+        ``router_logits``, a list, gets those of each sparse layer, ``[B * N, experts]``.
+        """
         tokens = inputs_embeds.shape[1]
         if cache is not None:
             cache.reserve(tokens)
@@ -292,11 +348,28 @@ class Decoder(nn.Layer):
         rope = self.rope(position_ids, lengths)
         x = inputs_embeds
         for layer in self.layers:
+            noted = router_logits is not None and layer.is_sparse
             if self.enable_recompute and self.training:
-                x = paddle.distributed.fleet.utils.recompute(layer, x, rope, mask, None, picture, use_reentrant=False)
+                x = paddle.distributed.fleet.utils.recompute(layer, x, rope, mask, None, picture, noted, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, cache, picture)
+                x = layer(x, rope, mask, cache, picture, noted) if noted else layer(x, rope, mask, cache, picture)
+            if noted:
+                x, logits = x
+                router_logits.append(logits)
         return self.norm(x)
+
+
+class TiedHead(nn.Layer):
+    """Output head whose weight is the token embedding: one parameter, whose gradient is the sum of both uses."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        # Not as a sublayer: the parameter has one name, the embedding's.
+        object.__setattr__(self, "embedding", embedding)
+
+    def forward(self, x):
+        """``[..., D] -> [..., V]``."""
+        return paddle.matmul(x, self.embedding.weight.astype(x.dtype), transpose_y=True)
 
 
 class LanguageModel(nn.Layer):
@@ -306,13 +379,16 @@ class LanguageModel(nn.Layer):
         super().__init__()
         self.config = config
         self.model = Decoder(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head = TiedHead(self.model.embed_tokens)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, input_ids):
         """Token ids ``[B, N]`` -> embeddings ``[B, N, D]``."""
         return self.model.embed_tokens(input_ids)
 
-    def forward(self, inputs_embeds, position_ids=None, mask=None, cache=None, picture=None):
+    def forward(self, inputs_embeds, position_ids=None, mask=None, cache=None, picture=None, router_logits=None):
         """Hidden states ``[B, N, D]`` before the head; :attr:`lm_head` turns the positions that matter into logits.
 
         Args:
@@ -321,8 +397,9 @@ class LanguageModel(nn.Layer):
             mask: :class:`AttentionMask`; None for a plain causal one.
             cache: :class:`KVCache` with the keys and values of earlier positions.
             picture: ``[B, P, D_vision]``, what the first positions look at in the blocks that have cross-attention.
+            router_logits: a list that gets the router's logits of each sparse layer.
         """
         if position_ids is None:
             start = 0 if cache is None else cache.length
             position_ids = np.arange(start, start + inputs_embeds.shape[1], dtype="int64")[None]
-        return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache, picture)
+        return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache, picture, router_logits)

@@ -144,35 +144,49 @@ class AttentionMask:
         """Whether all of ``keys`` positions see each other."""
         return keys <= self.prefix and self.sees_all_before
 
-    def _keep(self, form, queries, keys, make):
-        if self._kept.get(form, (None,))[0] != (queries, keys):
-            self._kept[form] = (queries, keys), paddle.to_tensor(make())
+    def _keep(self, form, queries, keys, window, first, make):
+        form = form, window
+        if self._kept.get(form, (None,))[0] != (queries, keys, first):
+            self._kept[form] = (queries, keys, first), paddle.to_tensor(make())
         return self._kept[form][1]
 
-    def _allowed(self, queries, keys):
+    def _allowed(self, queries, keys, window=None, first=0):
         """Which of ``keys`` positions the last ``queries`` see, ``[B or 1, 1, queries, keys]`` bool."""
-        key = np.arange(keys)
-        query = np.arange(keys - queries, keys)
+        key = np.arange(first, first + keys)
+        query = np.arange(first + keys - queries, first + keys)
         allowed = (key[None, :] <= np.maximum(query, self.prefix - 1)[:, None])[None]
+        if window is not None:
+            allowed = allowed & (key[None, :] > query[:, None] - window)[None]
         # A padding query keeps itself visible: a row of nothing but -inf has no softmax.
         itself = (key[None, :] == query[:, None])[None]
         if self.starts is not None:
             visible = (key >= self.starts[:, None]) | (key < self.prefix)
             allowed = allowed & (visible[:, None] | itself)
         if self.visible is not None:
-            allowed = allowed & (self.visible[:, None, :keys] | itself)
+            allowed = allowed & (self.visible[:, None, first : first + keys] | itself)
         if self.segments is not None:
-            allowed = allowed & (self.segments[:, None, :keys] == self.segments[:, keys - queries : keys, None])
+            same = self.segments[:, None, first : first + keys] == self.segments[:, first + keys - queries : first + keys, None]
+            allowed = allowed & same
         return allowed[:, None]
 
-    def bias(self, queries, keys):
-        """Additive mask ``[B or 1, 1, queries, keys]`` float32 for the last ``queries`` of ``keys`` positions."""
-        lowest = np.finfo(np.float32).min
-        return self._keep("bias", queries, keys, lambda: np.where(self._allowed(queries, keys), np.float32(0), lowest))
+    def bias(self, queries, keys, window=None, first=0):
+        """Additive mask ``[B or 1, 1, queries, keys]`` float32 for the last ``queries`` of ``keys`` positions.
 
-    def hidden(self, queries, keys):
+        Args:
+            queries, keys: how many there are.
+            window: how many positions, its own included, a query sees; None for all.
+            first: position of the first key, where earlier ones are not there any more.
+        """
+        lowest = np.finfo(np.float32).min
+
+        def make():
+            return np.where(self._allowed(queries, keys, window, first), np.float32(0), lowest)
+
+        return self._keep("bias", queries, keys, window, first, make)
+
+    def hidden(self, queries, keys, window=None, first=0):
         """The same as ``[B or 1, 1, queries, keys]`` bool, True for what is hidden."""
-        return self._keep("hidden", queries, keys, lambda: ~self._allowed(queries, keys))
+        return self._keep("hidden", queries, keys, window, first, lambda: ~self._allowed(queries, keys, window, first))
 
     def first_hidden(self, keys):
         """For each of ``keys`` positions the first later one that does not see it, ``[B or 1, 1, keys, 1]`` int32.
@@ -190,7 +204,7 @@ class AttentionMask:
                 ends = np.where(np.arange(keys) < self.starts[:, None], np.arange(1, keys + 1), ends)
             return ends[:, None, :, None].astype("int32")
 
-        return self._keep("first_hidden", keys, keys, make)
+        return self._keep("first_hidden", keys, keys, None, 0, make)
 
     def spans(self, batch, keys):
         """Runs of positions that see each other, ``(row, start, stop)`` each; none for padding on the left.
@@ -207,34 +221,41 @@ class AttentionMask:
         return spans
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, window=None, sinks=None, first=0):
     """Scaled dot-product attention with grouped queries.
 
     Args:
         q: ``[B, N, H, D]``.
         k, v: ``[B, S, K, D]``, ``H`` a multiple of ``K``; the queries are the last ``N`` of the ``S`` positions.
         mask: an :class:`AttentionMask`, or None for full attention.
+        window: how many positions, its own included, a query sees; None for all.
+        sinks: ``[H]``, one more logit a head in its softmax that no value belongs to; None for none.
+        first: position of the first key, where a sliding layer has forgotten those before.
 
     Returns:
         ``[B, N, H * D]`` in the dtype of ``q``.
     """
     batch, queries, heads, width = q.shape
     keys = k.shape[1]
-    if mask is not None and (mask.is_full(keys) or (queries == 1 and mask.sees_all_before)):
+    if window is not None and keys <= window:
+        window = None
+    if mask is not None and window is None and (mask.is_full(keys) or (queries == 1 and mask.sees_all_before)):
         mask = None  # the last position sees all
-    kernel = fused.choose("attention", q.dtype)
     out = None
-    if kernel != "plain" and queries > 1:  # one query is no work for a kernel that saves memory
-        out = fused.attention(kernel, q, k, v, mask)
-    if out is None and queries == keys and (mask is None or mask.is_spans) and gemm.suits(math.prod(q.shape) * keys, q, k, v):
-        spans = (AttentionMask() if mask is None else mask).spans(batch, keys)
-        out = gemm.attention(q, k, v, spans, causal=mask is not None)
+    if window is None and sinks is None:  # what the kernels know
+        kernel = fused.choose("attention", q.dtype)
+        if kernel != "plain" and queries > 1:  # one query is no work for a kernel that saves memory
+            out = fused.attention(kernel, q, k, v, mask)
+        spans = mask is None or mask.is_spans
+        if out is None and queries == keys and spans and gemm.suits(math.prod(q.shape) * keys, q, k, v):
+            spans = (AttentionMask() if mask is None else mask).spans(batch, keys)
+            out = gemm.attention(q, k, v, spans, causal=mask is not None)
     if out is None:
-        out = _plain_attention(q, k, v, None if mask is None else mask.bias(queries, keys))
+        out = _plain_attention(q, k, v, None if mask is None else mask.bias(queries, keys, window, first), sinks)
     return out.reshape([batch, queries, heads * width])
 
 
-def _plain_attention(q, k, v, bias):
+def _plain_attention(q, k, v, bias, sinks=None):
     """Attention from basic operators, softmax in float32; queries that share a key head go through one product."""
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
@@ -243,7 +264,13 @@ def _plain_attention(q, k, v, bias):
     scores = paddle.matmul(q, k.transpose([0, 2, 3, 1])).astype("float32")  # [B, K, group * N, S]
     if bias is not None:
         scores = (scores.reshape([batch, kv_heads, group, queries, -1]) + bias.unsqueeze(1)).reshape(scores.shape)
-    out = paddle.matmul(F.softmax(scores, axis=-1).astype(v.dtype), v.transpose([0, 2, 1, 3]))
+    if sinks is not None:
+        sink = sinks.astype("float32").reshape([1, kv_heads, group, 1, 1]).expand([batch, -1, -1, queries, -1])
+        scores = paddle.concat([scores, sink.reshape([batch, kv_heads, group * queries, 1])], axis=-1)
+    weights = F.softmax(scores, axis=-1)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    out = paddle.matmul(weights.astype(v.dtype), v.transpose([0, 2, 1, 3]))
     return out.reshape([batch, heads, queries, width]).transpose([0, 2, 1, 3])
 
 

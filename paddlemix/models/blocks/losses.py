@@ -21,11 +21,13 @@ class CausalLMOutput:
         loss: a scalar, or None without labels.
         hidden: the decoder's last hidden states, ``[B, N, D]``.
         head: the layer that turns them into logits.
+        aux_loss: how unevenly a mixture of experts is used, without its coefficient; None for dense models.
     """
 
     loss: paddle.Tensor | None
     hidden: paddle.Tensor
     head: nn.Layer
+    aux_loss: paddle.Tensor | None = None
 
     @property
     def logits(self):

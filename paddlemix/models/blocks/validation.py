@@ -74,6 +74,18 @@ DECODER = {
     "attention_bias": Flag(),
     "use_sliding_window": Flag(),
     "sliding_window": optional(POSITIONS),
+    "mlp_bias": Flag(),
+    "layer_types": optional(Items(OneOf(("sliding_attention", "full_attention")), 1, LAYERS.high)),
+    "swiglu_limit": Number(0, 1e6, above=True),
+    "num_experts": optional(Integer(0, 4096)),
+    "num_local_experts": Integer(1, 4096),
+    "num_experts_per_tok": optional(Integer(1, 4096)),
+    "moe_intermediate_size": optional(WIDTH),
+    "norm_topk_prob": Flag(),
+    "decoder_sparse_step": Integer(1, LAYERS.high),
+    "mlp_only_layers": optional(Items(Integer(0, LAYERS.high), 0, LAYERS.high)),
+    "output_router_logits": Flag(),
+    "router_aux_loss_coef": Number(0, 1e3),
 }
 
 # Keys of each kind of rotary scaling.
@@ -81,6 +93,7 @@ ROPE_SCALINGS = {
     "default": {},
     "linear": {"factor": Number(1, 1e4)},
     "dynamic": {"factor": Number(1, 1e4)},
+    "yarn": {"factor": Number(1, 1e4)},
     "longrope": {"short_factor": Items(Number(0, 1e6, above=True)), "long_factor": Items(Number(0, 1e6, above=True))},
 }
 
@@ -128,13 +141,22 @@ def check_decoder(config, where="llm_config."):
         ConfigError: names the first key that is wrong, ``where`` before it.
     """
     check(_values(config), DECODER, where)
-    check_multiple(config, "hidden_size", "num_attention_heads", where)
     check_multiple(config, "num_attention_heads", "num_key_value_heads", where)
-    if config.head_dim % 2:
+    width, name = config.head_dim, "head_dim"
+    if width is None:
+        check_multiple(config, "hidden_size", "num_attention_heads", where)
+        width, name = config.hidden_size // config.num_attention_heads, "hidden_size / num_attention_heads"
+    if width % 2:
+        raise ConfigError(f"{where}{name} is {width}: heads need an even width, because rotary positions turn pairs")
+    experts = config.experts
+    if experts and experts.active > experts.count:
         raise ConfigError(
-            f"{where}hidden_size / num_attention_heads is {config.head_dim}: heads need an even width, because rotary "
-            "positions turn pairs"
+            f"{where}num_experts_per_tok is {experts.active}, but there are {experts.count} experts: take config.json and "
+            "weights from the same model"
         )
+    kinds = config.extra.get("layer_types")
+    if kinds and len(kinds) != config.num_hidden_layers:
+        raise ConfigError(f"{where}layer_types has {len(kinds)} entries: there are {config.num_hidden_layers} layers")
     kind, scaling = config.rope_type, config.rope_scaling or {}
     if not isinstance(kind, str) or kind not in ROPE_SCALINGS:
         others = ", ".join(name for name in ROPE_SCALINGS if name not in ("default", "longrope"))
@@ -143,13 +165,13 @@ def check_decoder(config, where="llm_config."):
         if name not in scaling:
             raise ConfigError(f"{where}rope_scaling.{name} is missing: type '{kind}' needs it")
         check(scaling, {name: rule}, f"{where}rope_scaling.")
-        if isinstance(rule, Items) and len(scaling[name]) != config.head_dim // 2:
+        if isinstance(rule, Items) and len(scaling[name]) != width // 2:
             raise ConfigError(
-                f"{where}rope_scaling.{name} has {len(scaling[name])} values: it must have {config.head_dim // 2}, one for "
+                f"{where}rope_scaling.{name} has {len(scaling[name])} values: it must have {width // 2}, one for "
                 "each pair of a head"
             )
-    if kind == "dynamic" and config.head_dim < 4:
-        raise ConfigError(f"{where}rope_scaling of type 'dynamic' needs heads of width 4 or more, not {config.head_dim}")
+    if kind == "dynamic" and width < 4:
+        raise ConfigError(f"{where}rope_scaling of type 'dynamic' needs heads of width 4 or more, not {width}")
     if kind == "longrope" and config.original_max_position_embeddings < 2:
         raise ConfigError(f"{where}original_max_position_embeddings is 1: rotary scaling needs at least 2")
 

@@ -8,7 +8,7 @@ from paddlemix.models.blocks.validation import check_chat
 
 __all__ = ["TEMPLATES", "InternVLChatConfig", "LanguageConfig", "VisionConfig"]
 
-TEMPLATES = ("Hermes-2", "internlm2-chat", "phi3-chat", "internvl2_5", "internvl_zh")
+TEMPLATES = ("Hermes-2", "internlm2-chat", "phi3-chat", "internvl2_5", "internvl_zh", "internvl3_5_gpt_oss")
 
 
 @dataclass
@@ -46,7 +46,8 @@ class InternVLChatConfig(Config):
                 raise ConfigError(f"'{key}' is missing: this is not the config.json of an InternVL chat model")
         values = dict(values)
         values["vision_config"] = VisionConfig._pick(values["vision_config"])
-        values["llm_config"] = LanguageConfig.from_dict(values["llm_config"])
+        tied = values.get("tie_word_embeddings", False)  # the language model's own value decides, where it has one
+        values["llm_config"] = LanguageConfig.from_dict({"tie_word_embeddings": tied, **values["llm_config"]})
         return cls._pick(values)
 
     def to_dict(self):

@@ -27,6 +27,12 @@ __all__ = [
 _SYSTEM_V2 = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 _SYSTEM_V2_5 = "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
 
+# The date is part of the template.
+_SYSTEM_GPT_OSS = (
+    "You are InternVL, a large language model trained by Shanghai AI Laboratory.\nKnowledge cutoff: 2024-06\n"
+    "Current date: 2025-08-06\n\nReasoning: low\n\n# Valid channels: final. Channel must be included for every message."
+)
+
 
 def _chatml(name, system_message, end="<|im_end|>", strip=False):
     return Template(
@@ -53,6 +59,16 @@ _TEMPLATES = {
             user=("<|user|>\n", "<|end|>"),
             assistant="<|assistant|>\n",
             end="<|end|>",
+        ),
+        Template(
+            "internvl3_5_gpt_oss",
+            _SYSTEM_GPT_OSS,
+            system="<|start|>system<|message|>{}<|end|>",
+            user=("<|start|>user<|message|>", "<|end|>"),
+            assistant="<|start|>assistant",
+            end="<|end|>",
+            last_end="<|return|>",
+            channels=True,
         ),
         Template("internvl_zh", "", system="{} ", user=("<human>: ", " "), assistant="<bot>:", end="</s>", lead=" "),
     )

@@ -94,7 +94,7 @@ def _rounds(turns, tokenizer, template):
     if not pairs:
         raise DataError("has no answer to learn: add one")
     stop = tokenizer.require_token_id(template.stop)
-    return encode_rounds(template, pairs, lambda text, start: tokenize_prompt(text, tokenizer, start), stop)
+    return encode_rounds(template, pairs, lambda text, start: tokenize_prompt(text, tokenizer, start), {stop})
 
 
 def _headed(turns, tokenizer, template):

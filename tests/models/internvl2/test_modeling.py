@@ -242,7 +242,7 @@ def test_other_sizes_and_settings_work():
         (None, "select_layer", -9, "select_layer is -9"),
         ("llm_config", "architectures", ["MixtralForCausalLM"], "MixtralForCausalLM.*supported are InternLM2ForCausalLM"),
         ("llm_config", "num_key_value_heads", 3, "not a multiple"),
-        ("llm_config", "rope_scaling", {"type": "yarn", "factor": 2.0}, "'yarn'"),
+        ("llm_config", "rope_scaling", {"type": "llama3", "factor": 2.0}, "'llama3'"),
         ("vision_config", "norm_type", "batch_norm", "norm_type is 'batch_norm'"),
     ],
 )
