@@ -1,0 +1,1 @@
+"""Commands for InternVL-Chat-LLaVA."""
