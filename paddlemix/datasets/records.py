@@ -7,6 +7,7 @@ by their place in the file and parsed when they are asked for, so a million of t
 import functools
 import json
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,28 +49,33 @@ class Source:
     Args:
         name: of the data set.
         root: folder that the paths of pictures and videos are relative to.
-        annotation: path of the JSON-lines file.
+        annotation: path of the JSON-lines file, or of a ``.json`` file that holds one list of records.
         data_augment: whether pictures are re-encoded as JPEG of random quality.
         repeat_time: below 1, the share of the records that is used, counted from the first; else a whole number of times
             that each is used in an epoch.
         length: how many records the meta file claims; informative.
         max_dynamic_patch: bound on the tiles of a sample's pictures in place of the training's own; None for that.
+        parse: as :func:`parse_record`, for records of another form.
 
     Raises:
         DataError: the file cannot be read or has no record.
     """
 
-    def __init__(self, name, root, annotation, data_augment=False, repeat_time=1, length=None, max_dynamic_patch=None):
+    def __init__(
+        self, name, root, annotation, data_augment=False, repeat_time=1, length=None, max_dynamic_patch=None, parse=None
+    ):
+        self.parse = parse or parse_record
         self.name, self.root, self.annotation = name, root, annotation
         self.data_augment, self.max_dynamic_patch = data_augment, max_dynamic_patch
         self.repeat_time, self.length = repeat_time, length
-        offsets, lines = _index_lines(annotation)
+        is_list = os.fspath(annotation).endswith(".json")
+        offsets, lengths, lines = (_index_list if is_list else _index_lines)(annotation)
         if repeat_time < 1:
-            offsets, lines = (x[: int(len(x) * repeat_time)] for x in (offsets, lines))
+            offsets, lengths, lines = (x[: int(len(x) * repeat_time)] for x in (offsets, lengths, lines))
         if not len(offsets):
             share = f" of which repeat_time {repeat_time} leaves none" if repeat_time < 1 else ""
             raise DataError(f"data set '{name}': {annotation} has too few records{share}: add some, or remove the data set")
-        self._offsets, self._lines = offsets, lines
+        self._offsets, self._lengths, self._lines = offsets, lengths, lines
 
     @property
     def num_records(self):
@@ -93,17 +99,22 @@ class Source:
         Raises:
             DataError: it is not valid JSON or not a usable record; the message says why, but not where: see :meth:`place`.
         """
+        place = index % self.num_records
         with open(self.annotation, "rb") as file:
-            file.seek(self._offsets[index % self.num_records])
-            line = file.readline()
-        return parse_record(line, self.root)
+            file.seek(self._offsets[place])
+            line = file.read(int(self._lengths[place]))
+        return self.parse(line, self.root)
 
 
-def read_meta(path):
+def read_meta(path, parse=None):
     """The data sets of a meta file: ``{name: {"root": ..., "annotation": ..., ...}, ...}``.
 
     Relative paths are taken from the working directory, as in the original, and where nothing is there, from the folder of
     the meta file.
+
+    Args:
+        path: of the meta file.
+        parse: see :class:`Source`.
 
     Returns:
         List of :class:`Source`.
@@ -120,7 +131,7 @@ def read_meta(path):
         raise DataError(f"meta file {path} is not valid JSON ({error})") from None
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"meta file {path} must hold an object that names at least one data set")
-    return [_source(name, entry, path) for name, entry in meta.items()]
+    return [_source(name, entry, path, parse) for name, entry in meta.items()]
 
 
 def parse_record(line, root=""):
@@ -133,22 +144,7 @@ def parse_record(line, root=""):
     Raises:
         DataError: what is wrong, without saying where.
     """
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"is not UTF-8 text ({error.reason} at byte {error.start}): save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"is not valid JSON ({error.msg} at column {error.colno}): write one object in each line") from None
-    except RecursionError:
-        raise DataError("is nested too deeply to be a record") from None
-    if b"\\ud" in line.lower():  # escapes of surrogates, which should come in pairs
-        try:
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
-        except UnicodeEncodeError:
-            raise DataError("has half a surrogate pair, so that its text is not valid Unicode: repair it") from None
-    if not isinstance(record, dict):
-        raise DataError(f"holds {_describe(record)} where a record, a JSON object, should be: write one object in each line")
-
+    record = load_object(line)
     conversations = _conversations(record.get("conversations"))
     images, video = _images(record.get("image")), record.get("video") or None
     if video is not None and not isinstance(video, str):
@@ -166,6 +162,30 @@ def parse_record(line, root=""):
     )
 
 
+def load_object(line):
+    """The JSON object in one line.
+
+    Raises:
+        DataError: there is none, without saying where.
+    """
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"is not UTF-8 text ({error.reason} at byte {error.start}): save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise DataError(f"is not valid JSON ({error.msg} at column {error.colno}): write one object in each line") from None
+    except RecursionError:
+        raise DataError("is nested too deeply to be a record") from None
+    if b"\\ud" in line.lower():  # escapes of surrogates, which should come in pairs
+        try:
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError("has half a surrogate pair, so that its text is not valid Unicode: repair it") from None
+    if not isinstance(record, dict):
+        raise DataError(f"holds {_describe(record)} where a record, a JSON object, should be: write one object in each line")
+    return record
+
+
 def picture_size(path):
     """(width, height) of a picture in pixels from its header alone, or None where that cannot be read."""
     try:
@@ -176,19 +196,52 @@ def picture_size(path):
         return None
 
 
+def _index_list(path):
+    """Offsets, lengths and numbers of the records of a file that holds one list of them, int64 arrays."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read()
+    except OSError as error:
+        raise DataError(f"annotation file {path} cannot be read ({error.strerror}): check the path") from None
+    # Every byte as one character, so that a place in the text is one in the file; nothing outside of ASCII has a meaning in
+    # JSON but to be part of a text.
+    text, decoder = content.decode("latin-1"), json.JSONDecoder()
+    blank = re.compile(r"[ \t\r\n]*")
+    at = blank.match(text, 3 if content.startswith(b"\xef\xbb\xbf") else 0).end()
+    if text[at : at + 1] != "[":
+        raise DataError(f"annotation file {path} holds no list: it must be [record, ...], or end in .jsonl with one a line")
+    spans, at = [], blank.match(text, at + 1).end()
+    while text[at : at + 1] not in ("]", ""):
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"annotation file {path} is not valid JSON in record {len(spans) + 1} ({error})") from None
+        spans.append((at, end - at))
+        at = blank.match(text, end).end()
+        if text[at : at + 1] == ",":
+            at = blank.match(text, at + 1).end()
+        elif text[at : at + 1] != "]":
+            raise DataError(f"annotation file {path} is cut short or not valid JSON behind record {len(spans)}: copy it again")
+    if not text[at:]:
+        raise DataError(f"annotation file {path} is cut short behind record {len(spans)}: copy it again")
+    offsets, lengths = np.array(spans, dtype=np.int64).reshape([-1, 2]).T
+    return offsets, lengths, np.arange(1, len(spans) + 1)
+
+
 def _index_lines(path):
-    """Offsets and numbers of the lines of a file that are not blank, int64 arrays."""
-    offsets, lines, offset = [], [], 0
+    """Offsets, lengths and numbers of the lines of a file that are not blank, int64 arrays."""
+    offsets, lengths, lines, offset = [], [], [], 0
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     offsets.append(offset)
+                    lengths.append(len(line))
                     lines.append(number)
                 offset += len(line)
     except OSError as error:
         raise DataError(f"annotation file {path} cannot be read ({error.strerror}): check the meta file") from None
-    return np.array(offsets, dtype=np.int64), np.array(lines, dtype=np.int64)
+    return tuple(np.array(values, dtype=np.int64) for values in (offsets, lengths, lines))
 
 
 def _unique_keys(path, pairs):
@@ -199,7 +252,7 @@ def _unique_keys(path, pairs):
     return dict(pairs)
 
 
-def _source(name, entry, path):
+def _source(name, entry, path, parse=None):
     where = f"data set '{name}' of meta file {path}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with 'root' and 'annotation', not {_describe(entry)}")
@@ -207,8 +260,9 @@ def _source(name, entry, path):
     if unknown:
         raise DataError(f"{where} has an unknown key '{unknown[0]}': the keys are {', '.join(_KEYS)}")
     annotation, root = entry.get("annotation"), entry.get("root", "")
-    if not isinstance(annotation, str) or not annotation.endswith(".jsonl"):
-        raise DataError(f"{where} needs an 'annotation' that ends in .jsonl, not {_describe(annotation)}")
+    endings = (".jsonl", ".json") if parse else (".jsonl",)
+    if not isinstance(annotation, str) or not annotation.endswith(endings):
+        raise DataError(f"{where} needs an 'annotation' that ends in {' or '.join(endings)}, not {_describe(annotation)}")
     if not isinstance(root, str):
         raise DataError(f"{where}: 'root' must be the path of a folder, not {_describe(root)}")
     augment = entry.get("data_augment", False)
@@ -225,7 +279,7 @@ def _source(name, entry, path):
         raise DataError(f"{where}: 'max_dynamic_patch' must be a positive whole number, not {_describe(patches)}")
     folder = os.path.dirname(os.path.abspath(path))
     annotation, root = (_resolve(p, folder) for p in (annotation, root))
-    return Source(name, root, annotation, augment, repeat, entry.get("length"), patches)
+    return Source(name, root, annotation, augment, repeat, entry.get("length"), patches, parse)
 
 
 def _resolve(path, folder):
@@ -244,6 +298,11 @@ def _conversations(turns):
     if not any(turn["from"] == "gpt" and turn["value"].strip() for turn in turns):
         raise DataError("has no answer to learn: every 'gpt' turn is missing or empty")
     return turns
+
+
+def image_paths(record, root):
+    """Paths of the pictures that a record names, a tuple; ``root`` is the folder that they are relative to."""
+    return tuple(_path(root, image) for image in _images(record.get("image")))
 
 
 def _images(images):

@@ -115,6 +115,9 @@ class PreTrainingArguments:
     max_steps: int = _arg(-1, "updates in all, instead of --num_train_epochs")
     optim: str = _arg("adamw", "optimiser", ("adamw",))
     learning_rate: float = _arg(5e-5, "peak learning rate")
+    mm_projector_lr: float | None = _arg(None, "peak learning rate of the projector; default: --learning_rate")
+    vit_lr: float | None = _arg(None, "peak learning rate of the vision tower; default: --learning_rate")
+    vit_layer_decay_rate: float = _arg(1.0, "learning rate of a vision block divided by that of the next")
     weight_decay: float = _arg(0.0, "of all weights but biases and norms")
     adam_beta1: float = _arg(0.9, "AdamW's first decay")
     adam_beta2: float = _arg(0.999, "AdamW's second decay")
@@ -162,6 +165,9 @@ class PreTrainingArguments:
         if self.output_dir is None:
             raise ConfigError("--output_dir is missing: name a directory for checkpoints and the final model")
         self.output_dir = os.path.expanduser(self.output_dir)
+        for name in ("mm_projector_lr", "vit_lr", "vit_layer_decay_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"--{name} is {getattr(self, name)}: it must be above 0")
         if self.fp16 and self.bf16:
             raise ConfigError("--fp16 and --bf16 exclude each other: use --bf16 where the device has it, --fp16 on V100")
         positive = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps save_steps"
@@ -201,7 +207,7 @@ _ONLY = {
 }
 
 
-def parse(argv, prog="internvl_chat_finetune.py", extra=()):
+def parse(argv, prog="internvl_chat_finetune.py", extra=(), classes=CLASSES):
     """Read the command line.
 
     Args:
@@ -209,6 +215,7 @@ def parse(argv, prog="internvl_chat_finetune.py", extra=()):
             which flags after it replace.
         prog: the program's name in its help.
         extra: dataclasses of further flags.
+        classes: in place of :data:`CLASSES`.
 
     Returns:
         (ModelArguments, DataTrainingArguments, PreTrainingArguments, *extra).
@@ -218,7 +225,7 @@ def parse(argv, prog="internvl_chat_finetune.py", extra=()):
     """
     epilog = "A JSON or YAML file of the same names may come first. --devices N trains with N processes, one a device."
     parser = _Parser(prog=prog, description=__doc__.split("\n")[0], epilog=epilog)
-    classes = (*CLASSES, *extra)
+    classes = (*classes, *extra)
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.split("\n")[0])
         for item in dataclasses.fields(cls):

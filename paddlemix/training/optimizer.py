@@ -28,9 +28,10 @@ class Optimizer:
         parameters: ``{name: parameter}`` of all that is trained, in the same order in every process.
         args: :class:`~.arguments.PreTrainingArguments`.
         decays: called with a name; whether weight decay applies. By default not to biases and norms.
+        rates: called with a name; what the learning rate of that parameter is multiplied by. 1 for all by default.
     """
 
-    def __init__(self, parameters, args, decays=None):
+    def __init__(self, parameters, args, decays=None, rates=None):
         self.parameters = parameters
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.stage = int(args.sharding[-1]) if args.sharding and self.world > 1 else 0
@@ -43,6 +44,8 @@ class Optimizer:
         self.owned = {name: p for name, p in parameters.items() if self.stage == 0 or self.owners[name] == self.rank}
         self.masters = {name: p if p.dtype == paddle.float32 else _float_parameter(p) for name, p in self.owned.items()}
         decayed = {self.masters[name].name for name in self.owned if (decays or _decays)(name)}
+        for name, master in self.masters.items() if rates else ():
+            master.optimize_attr = {"learning_rate": rates(name)}
         self._adamw = paddle.optimizer.AdamW(
             learning_rate=args.learning_rate,
             beta1=args.adam_beta1,

@@ -91,6 +91,8 @@ def learns(name, model_args, vision_depth):
     if part == "mlp1":
         return not model_args.freeze_mlp
     if part == "vision_model":
+        if name.endswith(".position_embedding") and getattr(model_args, "tune_vit_pos_embedding", False):
+            return True
         block = re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name)
         chosen = range(vision_depth)[model_args.unfreeze_vit_layers :] if model_args.unfreeze_vit_layers else ()
         if block and int(block[1]) in chosen:

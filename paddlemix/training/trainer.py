@@ -8,6 +8,7 @@ many. Here a step is the mean over all labelled tokens of the global batch, howe
 import contextlib
 import math
 import os
+import re
 import signal
 import time
 
@@ -63,6 +64,29 @@ def learning_rate(step, total, args):
     if kind == "polynomial":
         return args.lr_end + (peak - args.lr_end) * (1 - progress) ** args.power
     return peak * (1 - progress)
+
+
+def learning_rates(args, depth):
+    """What the learning rate of each part is multiplied by: a function from a parameter's name, or None where all are alike.
+
+    Args:
+        args: :class:`~.arguments.PreTrainingArguments`.
+        depth: blocks of the vision tower; every one before the last learns ``vit_layer_decay_rate`` times as fast as the next.
+    """
+    if args.mm_projector_lr is None and args.vit_lr is None and args.vit_layer_decay_rate == 1:
+        return None
+    projector, tower = ((rate or args.learning_rate) / args.learning_rate for rate in (args.mm_projector_lr, args.vit_lr))
+
+    def factor(name):
+        if name.startswith("mlp1."):
+            return projector
+        if not name.startswith("vision_model."):
+            return 1.0
+        block = re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name)
+        behind = depth if block is None else depth - 1 - int(block[1])  # the embedding comes before all blocks
+        return tower * args.vit_layer_decay_rate**behind
+
+    return factor
 
 
 class BatchStats:
@@ -155,19 +179,43 @@ def data_options(config, data_args, **changes):
     return DataOptions.from_config(config, **{**{name: getattr(data_args, name) for name in names}, **changes})
 
 
-def training_data(model, tokenizer, data_args, args, processes):
+class ChatRecipe:
+    """How a chat model becomes what is trained, and its records samples: what a family may do in its own way."""
+
+    build_model = staticmethod(build_model)
+    prepare = staticmethod(prepare)
+    save_model = staticmethod(save_model)
+    measure = staticmethod(measure)
+
+    def dataset(self, model, tokenizer, data_args, seed):
+        """The :class:`InternVLDataset` of the training data."""
+        changes = {}
+        if data_args.use_packed_ds:
+            length = min(data_args.max_seq_length, data_args.max_packed_tokens)
+            changes = dict(max_seq_length=length, max_tiles=data_args.num_images_expected)
+        encoder = SampleEncoder(tokenizer, data_args.conv_style, data_options(model.config, data_args, **changes))
+        return InternVLDataset.from_meta(data_args.meta_path, encoder, seed)
+
+    def validation(self, model, tokenizer, data_args, seed):
+        """The one of the held-out data."""
+        options = data_options(model.config, data_args, sampling_method="middle")
+        encoder = SampleEncoder(tokenizer, data_args.conv_style, options)
+        return InternVLDataset.from_meta(data_args.eval_meta_path, encoder, seed)
+
+    def order(self, dataset, data_args, args, processes):
+        """The :class:`SampleOrder` of an epoch."""
+        resample, replacement = data_args.use_data_resampling, data_args.replacement
+        return SampleOrder(dataset.source_sizes(), args.seed, resample=resample, replacement=replacement)
+
+
+def training_data(model, tokenizer, data_args, args, processes, recipe=None):
     """The training batches and the number of steps: (:class:`SampledBatches` or :class:`PackedRows`, int).
 
     Raises:
         UserError: data or arguments cannot be used.
     """
-    changes = {}
-    if data_args.use_packed_ds:
-        changes = dict(
-            max_seq_length=min(data_args.max_seq_length, data_args.max_packed_tokens), max_tiles=data_args.num_images_expected
-        )
-    options = data_options(model.config, data_args, **changes)
-    dataset = InternVLDataset.from_meta(data_args.meta_path, SampleEncoder(tokenizer, data_args.conv_style, options), args.seed)
+    recipe = recipe or ChatRecipe()
+    dataset = recipe.dataset(model, tokenizer, data_args, args.seed)
     strict = data_args.use_packed_ds and data_args.strict_mode
     collator = Collator(
         pad_token_id=tokenizer.pad_token_id or 0,
@@ -175,9 +223,7 @@ def training_data(model, tokenizer, data_args, args, processes):
         tiles_per_row=data_args.num_images_expected if strict else None,
         blank_tile=args.sharding == "stage3",  # all processes run the vision tower, or none
     )
-    order = SampleOrder(
-        dataset.source_sizes(), args.seed, resample=data_args.use_data_resampling, replacement=data_args.replacement
-    )
+    order = recipe.order(dataset, data_args, args, processes)
     share = dict(rank=processes.rank, world=processes.world)
     cache = os.path.join(args.output_dir, "lengths")
     if data_args.use_packed_ds:
@@ -188,7 +234,7 @@ def training_data(model, tokenizer, data_args, args, processes):
         )
         steps = args.max_steps
         if steps < 1:
-            tokens, tiles = processes.first_then_others(lambda: measure(dataset, cache))
+            tokens, tiles = processes.first_then_others(lambda: recipe.measure(dataset, cache))
             rows = rows_per_epoch(order, Packer(*limits, data_args.max_buffer_size), tokens, tiles)
             at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world
             steps = math.ceil(rows * args.num_train_epochs / at_once)
@@ -196,7 +242,7 @@ def training_data(model, tokenizer, data_args, args, processes):
     group, balance = args.group_by_length and args.per_device_train_batch_size > 1, processes.world > 1
     tokens = tiles = None
     if group or balance:
-        tokens, tiles = processes.first_then_others(lambda: measure(dataset, cache))
+        tokens, tiles = processes.first_then_others(lambda: recipe.measure(dataset, cache))
     steps = count_steps(len(dataset), args, processes.world)
     sampler = TrainBatchSampler(
         order,
@@ -210,13 +256,11 @@ def training_data(model, tokenizer, data_args, args, processes):
     return SampledBatches(sampler, BatchLoader(dataset, sampler, collator, args.dataloader_num_workers)), steps
 
 
-def validation_data(model, tokenizer, data_args, args, processes):
+def validation_data(model, tokenizer, data_args, args, processes, recipe=None):
     """This process's share of the held-out batches: a function that gives them anew, or None without --eval_meta_path."""
     if data_args.eval_meta_path is None:
         return None
-    options = data_options(model.config, data_args, sampling_method="middle")
-    encoder = SampleEncoder(tokenizer, data_args.conv_style, options)
-    dataset = InternVLDataset.from_meta(data_args.eval_meta_path, encoder, args.seed)
+    dataset = (recipe or ChatRecipe()).validation(model, tokenizer, data_args, args.seed)
     batches = sequential_batches(len(dataset), args.per_device_eval_batch_size, processes.rank, processes.world)
     if args.max_evaluate_steps > 0:
         batches = batches[: args.max_evaluate_steps]
@@ -237,16 +281,18 @@ class Trainer:
         args: :class:`~.arguments.PreTrainingArguments`.
         processes: :class:`~.processes.Processes`.
         total: steps of the whole run.
-        decays: see :class:`Optimizer`.
+        decays, rates: see :class:`Optimizer`.
 
     Attributes:
         optimizer: the :class:`Optimizer`.
         weights: :class:`ShardedWeights` with stage 3, otherwise None.
     """
 
-    def __init__(self, model, parameters, args, processes, total, decays=None):
+    write = staticmethod(save_model)
+
+    def __init__(self, model, parameters, args, processes, total, decays=None, rates=None):
         self.model, self.args, self.processes, self.total = model, args, processes, total
-        self.optimizer = Optimizer(parameters, args, decays)
+        self.optimizer = Optimizer(parameters, args, decays, rates)
         self.weights = ShardedWeights(model, self.optimizer) if self.optimizer.stage == 3 else None
         self.half = None if device.is_cpu() else args.half
 
@@ -332,7 +378,7 @@ class Trainer:
     def save(self, tokenizer, source):
         """Function that writes the model to a directory; all processes call this, and the first one what it returns."""
         weights = self.weights and self.weights.whole()
-        return lambda directory: save_model(self.model, tokenizer, directory, source, weights)
+        return lambda directory: self.write(self.model, tokenizer, directory, source, weights)
 
 
 def _due(strategy, every, done, total, epoch_ends):
@@ -340,16 +386,18 @@ def _due(strategy, every, done, total, epoch_ends):
     return (strategy == "steps" and done % every == 0) or (strategy == "epoch" and (epoch_ends(done) or done == total))
 
 
-def finetune(model_args, data_args, args):
+def finetune(model_args, data_args, args, recipe=None):
     """A whole run: build, resume, train, save.
 
     Args:
         model_args, data_args, args: from :func:`~.arguments.parse`.
+        recipe: what the model's family does in its own way; see :class:`ChatRecipe`.
 
     Raises:
         UserError: something that was given cannot be used; the sentence says what.
         SystemExit: with 143, after SIGTERM and a checkpoint.
     """
+    recipe = recipe or ChatRecipe()
     if data_args.meta_path is None and args.do_train:
         raise ConfigError("--meta_path is missing: name the JSON file that lists your data sets")
     if data_args.use_packed_ds and "epoch" in (args.save_strategy, args.evaluation_strategy):
@@ -363,12 +411,14 @@ def finetune(model_args, data_args, args):
     dtype = half if half and args.fp16_opt_level == "O2" else "float32"
     paddle.seed(args.seed)  # new weights are alike in all processes
     keep = _owned(model_args, processes) if args.sharding == "stage3" else None
-    model, tokenizer, source = build_model(model_args, data_args, dtype, resumed, keep)
-    trained = prepare(model, model_args, args.recompute or model_args.grad_checkpoint)
+    model, tokenizer, source = recipe.build_model(model_args, data_args, dtype, resumed, keep)
+    trained = recipe.prepare(model, model_args, args.recompute or model_args.grad_checkpoint)
 
-    data, total = training_data(model, tokenizer, data_args, args, processes) if args.do_train else (None, 0)
-    validation = validation_data(model, tokenizer, data_args, args, processes)
-    trainer = Trainer(model, trained, args, processes, total)
+    data, total = training_data(model, tokenizer, data_args, args, processes, recipe) if args.do_train else (None, 0)
+    validation = validation_data(model, tokenizer, data_args, args, processes, recipe)
+    rates = learning_rates(args, len(model.vision_model.encoder.layers))
+    trainer = Trainer(model, trained, args, processes, total, rates=rates)
+    trainer.write = recipe.save_model
     done, state = 0, None
     if resumed and args.do_train and not args.ignore_load_lr_and_optim:
         done, states = read_state(resumed)

@@ -35,8 +35,8 @@ def take_devices(argv):
     return int(number), rest
 
 
-def start_ranks(processes, argv, train_args):
-    """Become the launcher of ``processes`` processes that train with ``argv``; does not return."""
+def start_ranks(processes, argv, train_args, script=__file__):
+    """Become the launcher of ``processes`` processes of ``script`` that train with ``argv``; does not return."""
     from paddlemix import device
 
     logs = os.path.join(train_args.output_dir, "launch_logs")
@@ -48,7 +48,7 @@ def start_ranks(processes, argv, train_args):
         command += ["--devices", ",".join(device.launch_numbers(kind, processes))]
     root = str(Path(paddlemix.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.execv(sys.executable, [*command, os.path.abspath(__file__), *argv])
+    os.execv(sys.executable, [*command, os.path.abspath(script), *argv])
 
 
 @command_main

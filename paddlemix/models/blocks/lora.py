@@ -44,12 +44,12 @@ class LoRALinear(Linear):
         new = self.create_parameter
         self.lora_A = nn.ParameterList([new([size_in, rank], dtype=dtype, default_initializer=uniform) for _ in sizes])
         self.lora_B = nn.ParameterList([new([rank, size], dtype=dtype, default_initializer=zeros) for size in sizes])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.scale = nn.Dropout(dropout), SCALE
 
     def forward(self, x, gelu=False, scale=None, residual=None):
         """As :meth:`Linear.forward`, with the adapters' share added before GELU and scale."""
         added = [F.linear(F.linear(self.dropout(x), a), b) for a, b in zip(self.lora_A, self.lora_B)]
-        y = super().forward(x, residual=SCALE * (added[0] if len(added) == 1 else paddle.concat(added, axis=-1)))
+        y = super().forward(x, residual=self.scale * (added[0] if len(added) == 1 else paddle.concat(added, axis=-1)))
         if gelu:
             y = F.gelu(y)
         if scale is not None:
@@ -59,7 +59,7 @@ class LoRALinear(Linear):
     def delta(self):
         """What the adapters amount to as a weight, ``[in, out]`` float32."""
         products = [a.astype("float32") @ b.astype("float32") for a, b in zip(self.lora_A, self.lora_B)]
-        return SCALE * paddle.concat(products, axis=-1)
+        return self.scale * paddle.concat(products, axis=-1)
 
     def merged(self):
         """A plain layer that computes the same."""

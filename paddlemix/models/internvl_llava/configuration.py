@@ -37,13 +37,13 @@ class LlavaConfig(Config):
         vision_config: of the tower; None until its file was read.
         mm_image_size: side of a picture in pixels, a key of ours that goes before the original's rule.
         use_llm_lora: rank of adapters that are not merged.
+        use_backbone_lora: the same of the vision tower, which has none.
     """
 
     # What every chat model says of its pictures: here each is one tile, and all its patches are kept.
     downsample_ratio = 1.0
     template = "vicuna_v1"
     system_message = None
-    use_backbone_lora = 0
     dynamic_image_size = use_thumbnail = False
     min_dynamic_patch = max_dynamic_patch = 1
 
@@ -59,6 +59,7 @@ class LlavaConfig(Config):
     image_aspect_ratio: str | None = "square"
     mm_image_size: int | None = None
     use_llm_lora: int = 0
+    use_backbone_lora: int = 0
 
     def __post_init__(self):
         check({**self.extra, **vars(self)}, _RULES)
@@ -126,7 +127,7 @@ class LlavaConfig(Config):
         values = {**self.extra, **language, **{k: v for k, v in values.items() if k not in self.extra}}
         if vision is not None:
             values["mm_vision_config"] = vision
-        for name in ("mm_image_size", "use_llm_lora"):
+        for name in ("mm_image_size", "use_llm_lora", "use_backbone_lora"):
             if not values.get(name):
                 values.pop(name, None)
         values["architectures"] = ["LlavaLlamaForCausalLM"]

@@ -21,7 +21,7 @@ from . import checkpoint as files
 from .configuration import LlavaConfig
 from .conversation import build_prompt, get_template
 from .saving import save_lora, save_projector
-from .tokenization import IMAGE_TOKEN_INDEX, add_picture_tokens, expand, load_tokenizer, tokenize_prompt
+from .tokenization import IMAGE_TOKEN_INDEX, expand, load_tokenizer, tokenize_prompt
 
 
 class LlavaForCausalLM(ChatModel):
@@ -266,7 +266,7 @@ def find_tower(directory, config, vision_tower=None, whole=True):
     if last and os.path.isfile(os.path.join(beside, "config.json")):
         known = files.tower_in(beside)
     if whole:
-        described = config.vision_config or (known and known.config) or _published_tower(last)
+        described = config.vision_config or (known and known.config) or published_tower(last)
         inside = described and files.tower_inside(directory, described)
         if inside:
             return config.with_tower(inside.config), inside
@@ -280,7 +280,7 @@ def find_tower(directory, config, vision_tower=None, whole=True):
     return config.with_tower(known.config), known
 
 
-def _published_tower(name):
+def published_tower(name):
     """What is known of a published tower by its name alone; None for others."""
     if "300m" in name.lower():
         return None
@@ -336,6 +336,3 @@ def grow_vocabulary(model, rows):
         layer.weight = parameter
     model.config = _resized(model.config, rows)
     language.config = model.config.llm_config
-
-
-__all__ = ["LlavaForCausalLM", "add_picture_tokens", "find_tower", "grow_vocabulary"]
