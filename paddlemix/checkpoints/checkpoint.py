@@ -23,13 +23,14 @@ import numpy as np
 from paddlemix.errors import CheckpointError
 
 from .files import find_weight_files, fingerprint, name_some, open_weight_file
+from .hf_names import STACKED, is_hf, normalised
 from .names import Part, Weight, head_name
 from .safetensors_files import OutgoingTensor, write_safetensors
 from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, holds_exactly, row_count, rows_per_block
 
-LAYOUTS = ("torch", "paddle")
+LAYOUTS = ("torch", "paddle", "hf")
 # What other programs want to see in a file: transformers reads "pt" only, and PaddleNLP takes "pt" for transposed.
-_METADATA = {"torch": {"format": "pt"}, "paddle": {"format": "np"}}
+_METADATA = {"torch": {"format": "pt"}, "paddle": {"format": "np"}, "hf": {"format": "pt"}}
 
 # ---------------------------------------------------------------------- what a directory holds
 
@@ -72,7 +73,12 @@ class Checkpoint:
         self._fingerprints, found = _scan(directory)
         only = getattr(config, "reads_only", "")  # a tower can be read from the file of a whole model
         found = {name: location for name, location in found.items() if name.startswith(only)}
-        parts = [(weight, part) for weight in config.weight_table() for part in weight.parts]
+        in_hf, self.config, self._table = is_hf(found), config, ()
+        if in_hf:
+            found = normalised(directory, found)
+            self._table = "hf", any(map(STACKED.fullmatch, found))
+        table = config.weight_table(*self._table)
+        parts = [(weight, part) for weight in table for part in weight.parts]
         for _, part in parts:
             earlier = part.name.replace(".base_layer.", ".")  # what older versions of PEFT call it
             if part.name not in found and earlier in found:
@@ -80,14 +86,17 @@ class Checkpoint:
         borrowed = []
         language = getattr(config, "llm_config", None)
         if language is not None and language.tie_word_embeddings:
-            found.pop(head_name(language), None)  # a copy of the embedding, or of no meaning
-        elif language is not None and language.may_lack_head and parts[-1][1].name not in found:
+            found.pop(
+                "language_model.lm_head.weight" if in_hf else head_name(language), None
+            )  # a copy of the embedding, or of no meaning
+        elif language is not None and (in_hf or language.may_lack_head) and parts[-1][1].name not in found:
             # Without a head of its own, the head is the token embedding, which no layout transposes.
             weight, part = parts.pop()
             embedding = next(part.name for weight, part in parts if weight.name.endswith(".embed_tokens.weight"))
             if embedding in found:
                 borrowed = [_Source(found[embedding], weight, part, False)]
         self.layout = _check_tensors(directory, parts, found, config)
+        self.layout = "hf" if in_hf else self.layout
         sources = [_Source(found[part.name], w, part, _by_columns(w, self.layout)) for w, part in parts] + borrowed
         # File by file, so that each is opened once; the sort is stable, so within a file in the table's order.
         self.sources = sorted(sources, key=lambda source: source.location.path)
@@ -97,7 +106,7 @@ class Checkpoint:
 
     def describes(self, config):
         """Whether a model of this configuration has these tensors and no others."""
-        parts = {part.name: part.shape for weight in config.weight_table() for part in weight.parts}
+        parts = {part.name: part.shape for weight in config.weight_table(*self._table) for part in weight.parts}
         return parts == {source.part.name: source.part.shape for source in self.sources}
 
     @property
@@ -151,7 +160,7 @@ def _check_tensors(directory, parts, found, config):
         shape = found[part.name].shape if part.name in found else part.stored_shape
         if shape != part.stored_shape and not (weight.linear and shape == part.shape[::-1]):
             wrong.append(f"{part.name} is {list(shape)} instead of {list(part.stored_shape)}")
-        elif part.name in found and weight.linear and shape[0] != shape[1]:
+        elif part.name in found and weight.linear and part.index is None and shape[0] != shape[1]:
             layouts.setdefault("torch" if shape == part.shape else "paddle", part.name)
     missing = list(dict.fromkeys(part.name for _, part in parts if part.name not in found))
     wrong = list(dict.fromkeys(wrong))
@@ -248,34 +257,35 @@ def read_parameters(config, directory, dtype):
     checkpoint = directory if isinstance(directory, Checkpoint) else Checkpoint(directory, config)
     arrays, unread = {}, {source.weight.name: len(source.weight.parts) for source in checkpoint.sources}
 
-    def fill(source, stored, array):
-        """Put a published tensor in its place in the parameter."""
-        _, weight, part, by_columns = source
-        outputs = array.T if weight.linear else array.reshape([-1]) if not array.ndim else array
-        for start, stop, rows in _blocks_of(part, stored):
-            rows = _converted(part.name, rows, stored.dtype, dtype)
-            if by_columns:
-                for row, output, count in part.runs:
-                    array[start:stop, output : output + count] = rows[:, row : row + count]
-            else:
-                for row, output in _clip(part.runs, start, stop):
-                    outputs[output] = rows[row]
-        return weight.name
-
     def fill_calls(sources, tensors):
         for source in sources:
             weight = source.weight
             if weight.name not in arrays:
                 arrays[weight.name] = _aligned_empty(weight.shape, ARRAY_DTYPES[dtype])
-            yield source, tensors[source.location.key], arrays[weight.name]
+            yield source, tensors[source.location.key], arrays[weight.name], dtype
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for path, sources in itertools.groupby(checkpoint.sources, key=lambda source: source.location.path):
             with open_weight_file(path) as tensors:
-                for name in _in_background(pool, fill, fill_calls(sources, tensors)):
+                for name in _in_background(pool, _fill, fill_calls(sources, tensors)):
                     unread[name] -= 1
                     if not unread[name]:
                         yield name, arrays.pop(name)
+
+
+def _fill(source, stored, array, dtype):
+    """Put a published tensor in its place in the parameter ``array``; return the parameter's name."""
+    _, weight, part, by_columns = source
+    outputs = array.T if weight.linear else array.reshape([-1]) if not array.ndim else array
+    for start, stop, rows in _blocks_of(part, stored):
+        rows = _converted(part.name, rows, stored.dtype, dtype)
+        if by_columns:
+            for row, output, count in part.runs:
+                array[start:stop, output : output + count] = rows[:, row : row + count]
+        else:
+            for row, output in _clip(part.runs, start, stop):
+                outputs[output] = rows[row]
+    return weight.name
 
 
 def _blocks_of(part, stored):
@@ -348,7 +358,8 @@ def save_checkpoint(
         model: an ``InternVLChatModel``, or its ``state_dict()``.
         config: its configuration.
         directory: is made if it does not exist. Weights in it stay intact until the new ones are complete.
-        layout: ``torch`` for the original's and every engine that reads it, ``paddle`` for the existing Paddle port.
+        layout: ``torch`` for the original's and every engine that reads it, ``paddle`` for the existing Paddle port, ``hf``
+            for transformers' own.
         max_shard_size: largest file, such as ``"5GB"``.
         dtype: ``float32``, ``bfloat16`` or ``float16``; by default each tensor keeps its own.
         progress: is called with the number of bytes after each block.
@@ -360,7 +371,7 @@ def save_checkpoint(
     """
     _check_choices(layout, dtype)
     parameters = model.state_dict() if hasattr(model, "state_dict") else model
-    table = config.weight_table()
+    table = config.weight_table("hf") if layout == "hf" else config.weight_table()
     shapes = {weight.name: weight.shape for weight in table}
     wrong = sorted(shapes.keys() ^ parameters.keys())
     wrong += [name for name, shape in shapes.items() if name in parameters and tuple(parameters[name].shape) != shape]
@@ -448,10 +459,37 @@ def convert_checkpoint(checkpoint, directory, layout, max_shard_size="5GB", dtyp
     Raises:
         CheckpointError: see :func:`read_parameters` and :func:`save_checkpoint`.
     """
+    if "hf" in (layout, checkpoint.layout) and layout != checkpoint.layout:
+        # Other tensors, not the same ones turned: put together parameter by parameter.
+        with _OneOpenFile() as files:
+            parts = {}
+            for source in checkpoint.sources:
+                parts.setdefault(source.weight.name, []).append(source)
+            lazy = {name: _Assembled(files, sources) for name, sources in parts.items()}
+            save_checkpoint(lazy, checkpoint.config, directory, layout, max_shard_size, dtype, progress)
+        return
     with _OneOpenFile() as files:
         whole = {source.part.name: source for source in checkpoint.sources}  # experts that are stacked are one tensor
         tensors = [_converted_tensor(files, source, layout, dtype) for source in whole.values()]
         write_safetensors(directory, tensors, _METADATA[layout], max_shard_size, progress)
+
+
+class _Assembled:
+    """A parameter that is put together from a checkpoint when it is asked for; in float32 where its parts differ in dtype."""
+
+    def __init__(self, files, sources):
+        self.files, self.sources, self.shape = files, sources, sources[0].weight.shape
+        dtypes = {source.location.dtype for source in sources}
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+
+    def detach(self):
+        return self
+
+    def numpy(self):
+        array = np.empty(self.shape, ARRAY_DTYPES[self.dtype])
+        for source in self.sources:
+            _fill(source, self.files.get(source.location), array, self.dtype)
+        return array
 
 
 def save_packed(source, config, directory, layout="torch", max_shard_size="5GB"):

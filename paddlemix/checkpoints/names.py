@@ -125,9 +125,16 @@ def head_name(config, prefix="language_model"):
     return f"{prefix}.{_PUBLISHED[config.family].get('lm_head', ('lm_head',))[0]}.weight"
 
 
-def language(config, prefix="language_model"):
-    """Weights of the decoder that a ``LanguageConfig`` describes; those of the head are the last, unless it is tied."""
-    names = _PUBLISHED[config.family]
+def language(config, prefix="language_model", as_llama=False, stacked=False):
+    """Weights of the decoder that a ``LanguageConfig`` describes; those of the head are the last, unless it is tied.
+
+    Args:
+        config: the configuration.
+        prefix: what all names begin with.
+        as_llama: InternLM2 under Llama's names, as transformers has it.
+        stacked: all experts of a layer in one tensor, ``[experts, out, in]``, where they are files of their own otherwise.
+    """
+    names = _SEPARATE if as_llama and config.family == "InternLM2ForCausalLM" else _PUBLISHED[config.family]
     width, head = config.hidden_size, config.head_dim
     qkv = [count * head for count in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
 
@@ -170,7 +177,7 @@ def language(config, prefix="language_model"):
         yield one(layer, "post_attention_layernorm", width)
         if config.is_sparse(i):
             yield from product(layer, "mlp.gate", width, [config.experts.count], bias=config.experts.bias)
-            yield from _experts(config, f"{layer}.mlp.experts")
+            yield from _experts(config, f"{layer}.mlp.experts", stacked)
         else:
             yield from product(layer, "mlp.gate_up_proj", width, [config.intermediate_size] * 2, bias=config.mlp_bias)
             yield from product(layer, "mlp.down_proj", config.intermediate_size, [width], bias=config.mlp_bias)
@@ -179,13 +186,18 @@ def language(config, prefix="language_model"):
         yield from product(prefix, "lm_head", width, [config.vocab_size])
 
 
-def _experts(config, prefix):
+def _experts(config, prefix, stacked):
     """Weights of a layer's experts, each of which is a gated MLP of its own in the model."""
     width, experts = config.hidden_size, config.experts
     for i in range(experts.count):
         if config.family == "GptOssForCausalLM":
             yield from _stacked(prefix, i, experts.count, "gate_up_proj", width, 2 * experts.width)
             yield from _stacked(prefix, i, experts.count, "down_proj", experts.width, width)
+            continue
+        if stacked:
+            for name, size_in, size_out in (("gate_up_proj", width, 2 * experts.width), ("down_proj", experts.width, width)):
+                part = Part(f"{prefix}.{name}", (size_out, size_in), ((0, 0, size_out),), i, experts.count)
+                yield Weight(f"{prefix}.{i}.{name}.weight", (size_in, size_out), True, (part,))
             continue
         halves = (("gate_proj", 0), ("up_proj", experts.width))
         parts = [(f"{prefix}.{i}.{name}", ((0, first, experts.width),)) for name, first in halves]

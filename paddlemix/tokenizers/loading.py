@@ -37,7 +37,8 @@ def load_tokenizer(path):
         TokenizerError: the directory or a file is missing, broken, or of a kind that is not supported.
     """
     source = Source.read(os.fspath(path))
-    name = str(source.config.get("tokenizer_class") or "").removesuffix("Fast")
+    # A folder in transformers' layout names a stand-in there, and under the other key the class that the model was made with.
+    name = str(source.config.get("internvl_tokenizer_class") or source.config.get("tokenizer_class") or "").removesuffix("Fast")
     if not name and VOCAB_FILE in source.files and MERGES_FILE in source.files:
         name = "Qwen2Tokenizer"  # no other kind has these files
     kind = KINDS.get(name)

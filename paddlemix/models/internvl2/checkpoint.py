@@ -9,7 +9,10 @@ from paddlemix.checkpoints.checkpoint import (
     read_parameters,
     save_checkpoint,
 )
+from paddlemix.checkpoints.hf_names import renamed
 from paddlemix.models.blocks.adapters import with_adapters
+
+from .hf import check_writable
 
 __all__ = [
     "LAYOUTS",
@@ -23,16 +26,23 @@ __all__ = [
 ]
 
 
-def weight_table(config):
+def weight_table(config, layout="torch", stacked=False):
     """How each parameter is made of published tensors.
 
     Args:
         config: an :class:`~.configuration.InternVLChatConfig`.
+        layout: ``torch`` (and ``paddle``) for the original's names, ``hf`` for those of transformers' own layout.
+        stacked: for ``hf``, whether experts are stacked in one tensor, as transformers 5 has them.
 
     Returns:
         A list of :class:`~paddlemix.checkpoints.names.Weight`, one for each parameter.
     """
-    plain = [*names.vision(config.vision_config), *_projector(config), *names.language(config.llm_config)]
+    hf = layout == "hf"
+    language = names.language(config.llm_config, as_llama=hf, stacked=hf and stacked)
+    plain = [*names.vision(config.vision_config), *_projector(config), *language]
+    if hf:
+        check_writable(config)
+        return renamed(plain)
     return with_adapters(plain, config)
 
 

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from paddlemix.errors import ConfigError
 from paddlemix.models.blocks.configuration import Config, LanguageConfig, VisionConfig
 from paddlemix.models.blocks.validation import check_chat
+from paddlemix.validation import shown
+
+from . import hf
 
 __all__ = ["TEMPLATES", "InternVLChatConfig", "LanguageConfig", "VisionConfig"]
 
@@ -41,6 +44,11 @@ class InternVLChatConfig(Config):
         Raises:
             ConfigError: a part is missing, or describes something that is not supported.
         """
+        kind = values.get("model_type")
+        if isinstance(kind, str) and kind in hf.OTHER_FAMILIES:
+            raise ConfigError(f"model_type {shown(kind)} is not supported: {hf.OTHER_FAMILIES[kind]}")
+        if hf.is_hf(values):
+            values = hf.original_config(values)
         for key in ("vision_config", "llm_config"):
             if not isinstance(values.get(key), dict):
                 raise ConfigError(f"'{key}' is missing: this is not the config.json of an InternVL chat model")
@@ -50,8 +58,21 @@ class InternVLChatConfig(Config):
         values["llm_config"] = LanguageConfig.from_dict({"tie_word_embeddings": tied, **values["llm_config"]})
         return cls._pick(values)
 
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Read the configuration of a checkpoint directory, in the original's layout or in transformers'.
+
+        Raises:
+            ConfigError: a file is missing, is not JSON, or describes something that is not supported.
+        """
+        config = super().from_pretrained(directory)
+        if config.extra.get(hf.FROM_HF):
+            hf.apply_preprocessor(config, directory)
+        return config
+
     def to_dict(self):
         values = super().to_dict()
+        values.pop(hf.FROM_HF, None)
         if self.system_message is None:  # optional in published files: absent means the template's own
             values.pop("system_message")
         values.setdefault("architectures", ["InternVLChatModel"])
@@ -59,11 +80,11 @@ class InternVLChatConfig(Config):
         values.setdefault("hidden_size", self.llm_config.hidden_size)
         return values
 
-    def weight_table(self):
+    def weight_table(self, layout="torch", stacked=False):
         """How each parameter of the model is made of published tensors: see :func:`~.checkpoint.weight_table`."""
         from .checkpoint import weight_table  # here, because reading a configuration needs none of it
 
-        return weight_table(self)
+        return weight_table(self, layout, stacked)
 
     @property
     def image_size(self):

@@ -1,6 +1,7 @@
 """Convert a checkpoint between the layouts of PyTorch and Paddle, or to another dtype, without building the model.
 
 python -m paddlemix.models.internvl2.convert SRC DST --layout paddle
+python -m paddlemix.models.internvl2.convert SRC DST --layout hf        what transformers reads without the original's code
 """
 
 import json
@@ -16,7 +17,10 @@ from paddlemix.checkpoints.safetensors_files import parse_size
 from paddlemix.checkpoints.tensors import ARRAY_DTYPES, DTYPES
 from paddlemix.commands import Parser
 from paddlemix.errors import CheckpointError, command_main
+from paddlemix.files import read_json
+from paddlemix.tokenizers import load_tokenizer
 
+from . import hf
 from .configuration import InternVLChatConfig
 
 # Configuration, tokenizer, generation settings, and the original's code, which other engines may want beside config.json.
@@ -29,7 +33,7 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
     Args:
         source: a directory, or a name such as ``OpenGVLab/InternVL2-1B``; its layout and file format are found out.
         target: a new or empty directory, unless ``overwrite``.
-        layout: ``torch`` or ``paddle``.
+        layout: ``torch``, ``paddle``, or ``hf`` for what transformers reads without the original's code.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each tensor's.
         max_shard_size: largest weight file, such as ``"5GB"``.
         overwrite: write into a directory that has something in it.
@@ -46,7 +50,10 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
             raise CheckpointError(f"{target} is the source itself: give another directory to write to")
         if os.listdir(target) and not overwrite:
             raise CheckpointError(f"{target} is not empty: give another directory, or add --overwrite")
-    checkpoint = Checkpoint(source, InternVLChatConfig.from_pretrained(source))
+    config = InternVLChatConfig.from_pretrained(source)
+    if layout == "hf":
+        hf.check_writable(config)
+    checkpoint = Checkpoint(source, config)
     count = sum(checkpoint.dtypes.values())
     print(f"{source}: {checkpoint.layout} layout, {', '.join(checkpoint.dtypes)}, {count / 1e6:,.1f} million values")
     total = sum(n * ARRAY_DTYPES[dtype or stored].itemsize for stored, n in checkpoint.dtypes.items())
@@ -54,8 +61,71 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
         convert_checkpoint(checkpoint, target, layout, max_shard_size, dtype, progress=bar.update)
     try:
         copy_small_files(source, target, dtype)
+        if layout == "hf" and checkpoint.layout != "hf":
+            _to_hf(source, target, config)
+        elif layout != "hf" and checkpoint.layout == "hf":
+            _from_hf(source, target, config)
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be copied: {error.strerror}") from None
+
+
+def _to_hf(source, target, config):
+    """Put what transformers wants in place of the original's small files, or beside them."""
+    tokenizer = load_tokenizer(source)
+    values = hf.hf_config(config, read_json(os.path.join(source, "config.json")), tokenizer)
+    written = read_json(os.path.join(target, "config.json"))
+    values["dtype"] = written.get("torch_dtype", values["dtype"])
+    files = {"config.json": values, **hf.processor_files(config, tokenizer)}
+    path = os.path.join(target, "tokenizer_config.json")
+    own = read_json(path) if os.path.exists(path) else {}
+    names = {**hf.TOKEN_NAMES, "extra_special_tokens": hf.TOKEN_NAMES, "processor_class": "InternVLProcessor"}
+    kind = own.get("tokenizer_class")
+    if kind in hf.TOKENIZERS:  # transformers has no class of that name
+        names["tokenizer_class"], names[hf.TOKENIZER_CLASS] = hf.TOKENIZERS[kind], kind
+        own.pop("auto_map", None)
+    files["tokenizer_config.json"] = own | names
+    replaced = {}
+    for name in files.keys() - {"config.json"}:
+        if os.path.exists(os.path.join(target, name)):
+            with open(os.path.join(target, name), encoding="utf-8") as file:
+                replaced[name] = file.read()
+    values[hf.KEPT_FILES] = replaced
+    for name, value in files.items():
+        _write(os.path.join(target, name), value)
+    for name in os.listdir(target):
+        if name.endswith(".py"):
+            os.remove(os.path.join(target, name))  # the original's code, of which nothing is left to run
+
+
+def _from_hf(source, target, config):
+    """The way back: the original's configuration, and none of what belongs to transformers' processor."""
+    values = read_json(os.path.join(source, "config.json"))
+    kept, files = values.get(hf.KEPT), values.get(hf.KEPT_FILES)
+    kept = {**kept} if isinstance(kept, dict) else config.to_dict()
+    kept["torch_dtype"] = read_json(os.path.join(target, "config.json")).get("torch_dtype", kept.get("torch_dtype", "bfloat16"))
+    _write(os.path.join(target, "config.json"), kept)
+    for name in hf.processor_files(config, load_tokenizer(source)):
+        if os.path.exists(os.path.join(target, name)):
+            os.remove(os.path.join(target, name))
+    if isinstance(files, dict):
+        names = {*hf.processor_files(config, load_tokenizer(source)), "tokenizer_config.json"}
+        for name, text in files.items():
+            if name in names and isinstance(text, str):
+                _write(os.path.join(target, name), text)
+        return
+    path = os.path.join(target, "tokenizer_config.json")
+    if os.path.exists(path):
+        own = read_json(path)
+        kind = own.pop(hf.TOKENIZER_CLASS, None)
+        own = {k: v for k, v in own.items() if k not in (*hf.TOKEN_NAMES, "extra_special_tokens", "processor_class")}
+        _write(path, own | ({"tokenizer_class": kind} if kind else {}))
+
+
+def _write(path, value):
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".tmp", path)
 
 
 def copy_small_files(source, target, dtype):
@@ -70,7 +140,8 @@ def copy_small_files(source, target, dtype):
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     # Engines that load in the dtype that the configuration names would undo the conversion.
-    for part in (config, config["llm_config"], config["vision_config"]):
+    parts = (config.get(name) for name in ("llm_config", "text_config", "vision_config"))
+    for part in (config, *filter(None, parts)):
         if "torch_dtype" in part or part is config:
             part["torch_dtype"] = dtype
     with open(path, "w", encoding="utf-8") as file:
@@ -92,7 +163,8 @@ def main(argv=None):
         "--layout",
         choices=LAYOUTS,
         required=True,
-        help="torch: what the original and other engines read; paddle: linear weights transposed, as in the Paddle port",
+        help="torch: what the original and other engines read; hf: transformers' own; paddle: linear weights transposed, "
+        "as in the Paddle port",
     )
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="convert the values too (default: keep them as they are)")
     parser.add_argument(
