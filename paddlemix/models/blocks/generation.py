@@ -1,14 +1,40 @@
 """Text generation: choosing tokens, knowing when to stop, and turning tokens into text as they come."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import paddle
 
 from paddlemix.errors import PromptError
+from paddlemix.validation import Integer, Number
 
+from .beams import beam_search
 from .language import KVCache
 from .layers import AttentionMask
+
+# Options of transformers whose values here ask for what happens anyway, or for nothing that changes an answer.
+_WITHOUT_EFFECT = {
+    "use_cache": (True, False),
+    "return_dict_in_generate": (False,),
+    "output_scores": (False,),
+    "output_logits": (False,),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "renormalize_logits": (False,),
+    "remove_invalid_values": (False,),
+    "synced_gpus": (False,),
+    "bos_token_id": range(-1, 1 << 21),
+    "penalty_alpha": (),
+    "max_time": (),
+    "streamer": (),
+}
 
 
 @dataclass
@@ -27,6 +53,14 @@ class GenerationConfig:
         pad_token_id: what fills a finished row of a batch; by default the first end-of-answer token.
         stop_strings: texts that end an answer; they are not part of it.
         seed: of the random draws; None for a different answer each time.
+        min_p: draw from tokens that are at least this share as likely as the likeliest; 0 for all.
+        max_length: longest prompt and answer together, in tokens, where max_new_tokens is not said; None for no such bound.
+        min_length: shortest prompt and answer together, in tokens.
+        num_beams: continuations that are followed at once, to find the likeliest whole answer; 1 takes token by token.
+        num_return_sequences: how many of the best continuations are returned, at most ``num_beams``.
+        length_penalty: with beams: the exponent of its length that the log probability of an answer is divided by.
+        early_stopping: with beams: True stops at the first ``num_beams`` whole answers, False when none better is likely,
+            ``"never"`` when none better is possible.
     """
 
     max_new_tokens: int = 1024
@@ -40,8 +74,18 @@ class GenerationConfig:
     pad_token_id: int | None = None
     stop_strings: tuple = ()
     seed: int | None = None
+    min_p: float = 0.0
+    max_length: int | None = None
+    min_length: int = 0
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
 
     def __post_init__(self):
+        for field in fields(self):
+            if getattr(self, field.name) is None:  # as the original's: None is what is not set
+                setattr(self, field.name, field.default)
         if isinstance(self.stop_strings, str):
             self.stop_strings = (self.stop_strings,)
         for name, valid, rule in (
@@ -51,26 +95,64 @@ class GenerationConfig:
             ("top_k", self.top_k is None or self.top_k >= 0, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("max_length", self.max_length is None or self.max_length >= 1, "at least 1"),
+            ("min_length", self.min_length >= 0, "at least 0"),
+            ("num_beams", Integer(1, 256).accepts(self.num_beams), Integer(1, 256)),
+            ("num_return_sequences", Integer(1, 256).accepts(self.num_return_sequences), Integer(1, 256)),
+            ("length_penalty", Number(-100, 100).accepts(self.length_penalty), Number(-100, 100)),
+            ("early_stopping", self.early_stopping in (True, False, "never"), 'True, False or "never"'),
         ):
             if not valid:
                 raise PromptError(f"{name} is {getattr(self, name)}: it must be {rule}")
+        if self.num_return_sequences > self.num_beams:
+            raise PromptError(
+                f"num_return_sequences is {self.num_return_sequences}, more than num_beams ({self.num_beams}): beam search "
+                "finds num_beams answers, so raise it"
+            )
+        if self.num_beams > 1 and self.do_sample:
+            raise PromptError(f"num_beams is {self.num_beams} and do_sample is true: use one of them")
 
     @classmethod
     def of(cls, value=None, **overrides):
         """A configuration from None, a dictionary or another configuration, with some values replaced.
 
+        Options of ``transformers`` that are not here are taken where they ask for what happens anyway.
+
         Raises:
             PromptError: an option is not known.
         """
+        if isinstance(value, cls):
+            return replace(value, **overrides)
+        options = {**dict(value or {}), **overrides}
+        if options.get("max_new_tokens") is not None:
+            options.pop("max_length", None)  # the original's order
         known = [f.name for f in fields(cls)]
-        options = {name: getattr(value, name) for name in known} if isinstance(value, cls) else dict(value or {})
-        if options.pop("num_beams", 1) != 1:
-            raise PromptError("num_beams above 1 is not supported: use num_beams=1, with do_sample for variety")
-        options.update(overrides)
-        unknown = sorted(set(options) - set(known))
-        if unknown:
-            raise PromptError(f"generation option '{unknown[0]}' is not known: use {', '.join(known)}")
+        for name in sorted(set(options) - set(known)):
+            if name not in _WITHOUT_EFFECT:
+                raise PromptError(f"generation option '{name}' is not known: use {', '.join(known)}")
+            if options[name] is not None and options[name] not in _WITHOUT_EFFECT[name]:
+                accepted = " or ".join(map(str, _WITHOUT_EFFECT[name]))
+                raise PromptError(f"generation option '{name}' is {options[name]}: only {accepted} is supported")
+            del options[name]
         return cls(**options)
+
+    def after(self, prompt_length):
+        """The same configuration for a prompt of so many tokens: lengths count the answer alone.
+
+        Raises:
+            PromptError: ``max_length`` leaves no room.
+        """
+        config = replace(self, min_new_tokens=max(self.min_new_tokens, self.min_length - prompt_length), min_length=0)
+        if config.max_length is None:
+            return config
+        room = config.max_length - prompt_length
+        if room < 1:
+            raise PromptError(
+                f"max_length is {config.max_length}, but the prompt alone has {prompt_length} tokens: raise it, or use "
+                "max_new_tokens, which counts the answer alone"
+            )
+        return replace(config, max_new_tokens=min(config.max_new_tokens, room), max_length=None)
 
     @property
     def eos_token_ids(self):
@@ -78,6 +160,11 @@ class GenerationConfig:
         if self.eos_token_id is None:
             return []
         return list(self.eos_token_id) if isinstance(self.eos_token_id, (list, tuple)) else [self.eos_token_id]
+
+    @property
+    def filler(self):
+        """What fills a row of a batch behind its end."""
+        return self.pad_token_id if self.pad_token_id is not None else (self.eos_token_ids or [0])[0]
 
 
 class Sampler:
@@ -117,6 +204,9 @@ class Sampler:
         order = order[np.argsort(-scores[order], kind="stable")]
         weights = np.exp(scores[order].astype(np.float64) - scores[order[0]])
         weights /= weights.sum()
+        if self.config.min_p > 0:
+            kept = int((weights >= self.config.min_p * weights[0]).sum())
+            order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
         if self.config.top_p < 1:  # the token that reaches top_p belongs to the set
             kept = int(np.searchsorted(np.cumsum(weights), self.config.top_p)) + 1
             order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
@@ -140,8 +230,12 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
 
     Yields:
         The next token of each row, ``[B]`` int64, until each row has met an end-of-answer id or ``max_new_tokens`` are
-        generated. A finished row yields ``pad_token_id``. The last tokens are not fed to the model.
+        generated. A finished row yields ``pad_token_id``. The last tokens are not fed to the model. With beams, all are
+        yielded after the search, for the best ``num_return_sequences`` of each row, ``[B * num_return_sequences]``.
     """
+    if config.num_beams > 1:
+        yield from beam_search(language_model, inputs_embeds, config, starts, cache)[0].T
+        return
     batch, prompt = inputs_embeds.shape[:2]
     if cache is None:
         cache = new_cache(language_model, batch, prompt + config.max_new_tokens, inputs_embeds.dtype)
@@ -150,7 +244,7 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
     mask = AttentionMask(shift[:, 0] + cache.length, prefix=cache.length) if shift.any() else AttentionMask()
     sampler = Sampler(config)
     ends = config.eos_token_ids
-    pad = config.pad_token_id if config.pad_token_id is not None else (ends[0] if ends else 0)
+    pad = config.filler
     answers = [[] for _ in range(batch)]
     finished = np.zeros(batch, bool)
 

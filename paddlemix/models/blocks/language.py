@@ -15,7 +15,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from .experts import GatedMLP, MixtureOfExperts
-from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention
+from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention, take_rows
 
 
 class RotaryTables:
@@ -153,7 +153,7 @@ class KVCache:
     SLACK = 64  # positions before its window that a sliding layer keeps
 
     def __init__(self, config, batch, capacity, dtype):
-        self.batch, self.capacity, self.length = batch, capacity, 0
+        self.config, self.batch, self.capacity, self.length = config, batch, capacity, 0
         self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
         shape = [batch * capacity, config.num_key_value_heads, config.head_dim]
         nothing = [batch, 0, *shape[1:]]
@@ -195,6 +195,37 @@ class KVCache:
                     stores[i] = paddle.concat([store, room])
         self.capacity = capacity
         return self
+
+    def repeated(self, times, capacity):
+        """Another cache of ``capacity`` positions that holds each row ``times`` times, one after the other."""
+        other = KVCache(self.config, self.batch * times, capacity, self._keys[0].dtype)
+        held = np.arange(self.length)
+        sources = (np.arange(self.batch).repeat(times)[:, None] * self.capacity + held).reshape(-1)
+        rows = paddle.to_tensor((np.arange(other.batch)[:, None] * capacity + held).reshape(-1))
+        whole = np.arange(self.batch).repeat(times)
+        for mine, its in ((self._keys, other._keys), (self._values, other._values)):
+            for i, store in enumerate(mine):
+                if self.windows[i]:
+                    its[i] = take_rows(store, whole)
+                else:
+                    paddle.scatter_(its[i], rows, take_rows(store, sources), overwrite=True)
+        other.length = self.length
+        return other
+
+    def reorder(self, parents, start=0):
+        """Let row ``i`` go on from row ``parents[i]``: the positions from ``start`` on are copied, those before are alike."""
+        moved = np.flatnonzero(parents != np.arange(self.batch))
+        if not len(moved) or start >= self.length:
+            return
+        held = np.arange(start, self.length)
+        sources = (parents[moved][:, None] * self.capacity + held).reshape(-1)
+        rows = paddle.to_tensor((moved[:, None] * self.capacity + held).reshape(-1))
+        for stores in (self._keys, self._values):
+            for i, store in enumerate(stores):
+                if self.windows[i]:
+                    stores[i] = take_rows(store, parents)
+                else:
+                    paddle.scatter_(store, rows, take_rows(store, sources), overwrite=True)
 
     def stores(self, layer):
         """The layer's keys and values on the cache's own memory, ``[B, capacity, K, D]`` each; of a sliding layer only the
