@@ -39,11 +39,27 @@ def make_parser(description):
     )
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
+    answer.add_argument("--min_new_tokens", type=int, default=0, help="shortest answer in tokens (default: 0)")
     answer.add_argument("--do_sample", action="store_true", help="draw tokens at random instead of taking the likeliest")
     answer.add_argument("--temperature", type=float, default=1.0, help="with --do_sample (default: 1.0)")
     answer.add_argument("--top_k", type=int, default=50, help="with --do_sample; 0 for all tokens (default: 50)")
     answer.add_argument("--top_p", type=float, default=1.0, help="with --do_sample (default: 1.0)")
     answer.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition (default: 1.0)")
+    answer.add_argument(
+        "--num_beams", type=int, default=1, help="continuations that are followed at once, to find the likeliest (default: 1)"
+    )
+    answer.add_argument(
+        "--num_return_sequences", type=int, default=1, help="with --num_beams: answers to print, best first (default: 1)"
+    )
+    answer.add_argument(
+        "--length_penalty", type=float, default=1.0, help="with --num_beams: above 0 favours long answers (default: 1.0)"
+    )
+    answer.add_argument(
+        "--early_stopping",
+        default="false",
+        choices=["true", "false", "never"],
+        help="with --num_beams: stop at the first whole answers, when no better one is likely, or possible (default: false)",
+    )
     answer.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="texts that end the answer")
     answer.add_argument("--seed", type=int, default=None, help="with --do_sample: the same seed gives the same answer")
     answer.add_argument("--system_message", default=None, help="tell the model who it is (default: the checkpoint's own)")
@@ -92,14 +108,18 @@ def run(args, text, paths, attach, finish=None, load=load_session):
 
 
 def _ask(session, args, question, pixels=None, counts=None):
-    options = {name: getattr(args, name) for name in ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed")}
-    options |= {"repetition_penalty": args.repetition_penalty, "stop_strings": tuple(args.stop)}
+    names = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
+    names += ("num_beams", "num_return_sequences", "length_penalty")
+    options = {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
+    options["early_stopping"] = {"true": True, "false": False}.get(args.early_stopping, args.early_stopping)
     pieces = session.stream(question, pixels, options, counts)
     if not (args.stream or args.interactive):
         pieces = ["".join(pieces)]
     for piece in pieces:
         print(piece, end="", flush=True)
     print()
+    for answer in session.answers[1:]:
+        print(answer)
 
 
 def _converse(session, args, attach):

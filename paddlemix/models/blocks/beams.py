@@ -39,10 +39,13 @@ class Hypotheses:
         return self.found[-1][0] >= best / length**config.length_penalty
 
 
-def beam_search(language_model, inputs_embeds, config, starts=None, cache=None):
-    """Find the likeliest answers; arguments are those of :func:`~.generation.generate_tokens`.
+def beam_search(language_model, inputs_embeds, config, starts=None, cache=None, prompt_ids=None):
+    """Find the likeliest answers.
 
-    Of a given ``cache`` nothing but the prompt's positions is filled, so that room for ``N`` more is enough.
+    Args:
+        language_model, inputs_embeds, config, starts, cache: as for :func:`~.generation.generate_tokens`. Of a given ``cache``
+            nothing but the prompt's positions is filled, so that room for ``N`` more is enough.
+        prompt_ids: ``[B, N]``, ids that ``repetition_penalty`` counts as said already; None for the answer's alone.
 
     Returns:
         ``(ids, scores)``: int64 ``[B * num_return_sequences, M]``, best first for each row, an end token and then
@@ -61,12 +64,16 @@ def beam_search(language_model, inputs_embeds, config, starts=None, cache=None):
     hidden = language_model(inputs_embeds, paddle.to_tensor(positions), mask, cache)
     logits = language_model.lm_head(hidden[:, -1])
 
+    said = np.zeros([batch, 0], "int64") if prompt_ids is None else np.asarray(prompt_ids).copy()
+    if said.size:  # padding is not said: the last token stands in its place
+        said = np.where(np.arange(said.shape[1]) < shift[:, None], said[:, -1:], said)
+    said = said.repeat(beams, 0)
+
     # From here on each row is K rows, which share the positions of the prompt.
     prompt = cache.length
     cache = cache.repeated(beams, prompt + config.max_new_tokens)
-    shift = shift.repeat(beams)
+    shift, first = shift.repeat(beams), np.repeat(np.arange(batch), beams)
     mask = AttentionMask(shift + held, prefix=held) if shift.any() else AttentionMask()
-    first = np.repeat(np.arange(batch), beams)
     answers = np.zeros([batch * beams, 0], "int64")
     totals = np.where(np.arange(batch * beams) % beams, _IMPOSSIBLE, 0.0)  # log probabilities [B * K]
     whole = [Hypotheses(config) for _ in range(batch)]
@@ -74,7 +81,7 @@ def beam_search(language_model, inputs_embeds, config, starts=None, cache=None):
 
     for length in range(1, config.max_new_tokens + 1):
         scores = _log_softmax(logits)[first] if length == 1 else _log_softmax(logits)
-        _process(scores, answers, config)
+        _process(scores, answers, said, config)
         scores += totals[:, None]
         scores = scores.reshape([batch, -1])
         parents, chosen = np.arange(batch * beams), np.full(batch * beams, config.filler)
@@ -118,20 +125,19 @@ def _log_softmax(logits):
     return paddle.nn.functional.log_softmax(logits.astype("float32"), axis=-1).numpy().copy()
 
 
-def _process(scores, answers, config):
+def _process(scores, answers, said, config):
     """Penalise repetition and forbid the end, in place; as the original's, after the softmax."""
-    if config.repetition_penalty != 1 and answers.shape[1]:
-        seen = np.take_along_axis(scores, answers, axis=1)
+    if config.repetition_penalty != 1 and answers.shape[1] + said.shape[1]:
+        places = np.concatenate([said, answers], axis=1)
+        seen = np.take_along_axis(scores, places, axis=1)
         seen = np.where(seen > 0, seen / config.repetition_penalty, seen * config.repetition_penalty)
-        np.put_along_axis(scores, answers, seen, axis=1)
+        np.put_along_axis(scores, places, seen, axis=1)
     if answers.shape[1] < config.min_new_tokens and config.eos_token_ids:
         scores[:, config.eos_token_ids] = -np.inf
 
 
 def _largest(scores, count):
     """Places of the ``count`` largest, largest first; of equal ones the earlier."""
-    if count < scores.size:
-        found = np.sort(np.argpartition(scores, -count)[-count:])
-    else:
-        found = np.arange(scores.size)
+    count = min(count, scores.size)
+    found = np.sort(np.argpartition(scores, -count)[-count:])
     return found[np.argsort(-scores[found], kind="stable")]

@@ -28,6 +28,7 @@ class ChatSession:
     Attributes:
         history: all rounds so far.
         cached_tokens: how many tokens of the last prompt were not computed again.
+        answers: the last answer, and the others that ``num_return_sequences`` asked for, best first.
         marked_answer: the last answer with the ``<ref>`` and ``<box>`` marks that plain text leaves out.
     """
 
@@ -37,16 +38,20 @@ class ChatSession:
         self.template = (template or model.template()).with_system_message(system_message)
         self.history = [tuple(turn) for turn in history or []]
         self.cached_tokens = 0
-        self.marked_answer = ""
+        self.answers, self.marked_answer = [], ""
         self._features = []  # of each picture, [tiles * num_image_token, D]
         self._cache, self._ids = None, []  # keys and values, and the token ids that they belong to
 
     def ask(self, question, pixel_values=None, generation_config=None, num_patches_list=None):
-        """Ask and wait for the whole answer; the arguments are those of :meth:`stream`."""
-        return "".join(self.stream(question, pixel_values, generation_config, num_patches_list))
+        """Ask and wait for the whole answer; the arguments are those of :meth:`stream`.
+
+        With ``num_return_sequences`` above 1 the answers are a list, best first.
+        """
+        answer = "".join(self.stream(question, pixel_values, generation_config, num_patches_list))
+        return answer if len(self.answers) == 1 else self.answers
 
     def stream(self, question, pixel_values=None, generation_config=None, num_patches_list=None):
-        """Ask, and yield the answer piece by piece as it is generated.
+        """Ask, and yield the answer piece by piece as it is generated, or at once where it is the best of several beams.
 
         The round joins the history when the answer is complete; a stream that is abandoned leaves the session as it was.
 
@@ -70,22 +75,29 @@ class ChatSession:
         config = self.model.fit_context(config, len(ids))
 
         features = self._features + self._features_of(pixel_values, counts)
-        stream = TextStream(self.tokenizer, config.stop_strings, self.template.cuts_at_stop)
-        pieces, tokens = [], []
-        for token in self._generate(ids, features, config):
-            if token in config.eos_token_ids:
-                break
-            tokens.append(token)
-            pieces.append(stream.put(token))
+        if config.num_beams > 1:
+            found = self._generate(ids, features, config)
+            answers = _beam_answers(self.tokenizer, np.stack(list(found)).T, config, self.template)
+            self.answers, tokens = [text for text, _ in answers], answers[0][1]
+            yield self.answers[0]
+        else:
+            stream = TextStream(self.tokenizer, config.stop_strings, self.template.cuts_at_stop)
+            pieces, tokens = [], []
+            for (token,) in self._generate(ids, features, config):
+                if token in config.eos_token_ids:
+                    break
+                tokens.append(token)
+                pieces.append(stream.put(token))
+                if pieces[-1]:
+                    yield pieces[-1]
+                if stream.stopped:
+                    break
+            pieces.append(stream.close())
             if pieces[-1]:
                 yield pieces[-1]
-            if stream.stopped:
-                break
-        pieces.append(stream.close())
-        if pieces[-1]:
-            yield pieces[-1]
+            self.answers = ["".join(pieces)]
         self._features = features
-        self.history.append((question, "".join(pieces)))
+        self.history.append((question, self.answers[0]))
         self.marked_answer = self.tokenizer.decode(tokens)
 
     def memory(self):
@@ -107,13 +119,14 @@ class ChatSession:
         return [features[a:b].reshape([-1, features.shape[-1]]) for a, b in zip(parts, parts[1:])]
 
     def _generate(self, ids, features, config):
-        """Yield the answer's tokens, computing only what the cache does not hold."""
+        """Yield the answer's tokens, of each sequence one, computing only what the cache does not hold."""
         language_model = self.model.language_model
         reused = self._reusable(ids, config.max_new_tokens)
         remaining = np.asarray([ids[reused:]], dtype="int64")
         with paddle.no_grad():
             embeds = self.model.embed(remaining, _without_first(features, ids[:reused].count(self.model.img_context_token_id)))
-        capacity = len(ids) + config.max_new_tokens
+        # Beams go on in caches of their own.
+        capacity = len(ids) + (config.max_new_tokens if config.num_beams == 1 else 0)
         if self._cache is None:
             self._cache = new_cache(language_model, 1, capacity, embeds.dtype)
         self._cache.truncate(reused)
@@ -130,9 +143,8 @@ class ChatSession:
                 tokens = next(steps, None)
             if tokens is None:
                 return
-            token = int(tokens[0])
-            yield token
-            self._ids.append(token)
+            yield tokens.tolist()
+            self._ids.append(int(tokens[0]))
 
     def _reusable(self, ids, max_new_tokens):
         """Length of the cached beginning of ``ids``; at least one token is left to compute."""
@@ -174,6 +186,9 @@ def batch_chat(
         history: for each conversation, None or ``[(question, answer), ...]``.
         return_history: return ``(answers, histories)`` instead of the answers.
         template: instead of the model's.
+
+    Returns:
+        An answer for each conversation; with ``num_return_sequences`` above 1 a list of answers for each, best first.
 
     Raises:
         PromptError: as :meth:`ChatSession.stream`, naming the question by its number.
@@ -217,10 +232,25 @@ def batch_chat(
     features = model.extract_feature(pixel_values) if any(counts) else None
     features = None if features is None else features.reshape([-1, features.shape[-1]])
 
-    streams = [TextStream(tokenizer, config.stop_strings, template.cuts_at_stop) for _ in questions]
-    answers = ["" for _ in questions]
-    open_rows = set(range(len(questions)))
-    for tokens in generate_tokens(model.language_model, model.embed(ids, features), config, starts):
+    steps = generate_tokens(model.language_model, model.embed(ids, features), config, starts)
+    if config.num_beams > 1:
+        texts = [text for text, _ in _beam_answers(tokenizer, np.stack(list(steps)).T, config, template)]
+        several = config.num_return_sequences
+        answers = [texts[at : at + several] for at in range(0, len(texts), several)]
+    else:
+        answers = [[answer] for answer in _streamed_answers(tokenizer, steps, len(questions), config, template)]
+    best = [row[0] for row in answers]
+    answers = answers if config.num_return_sequences > 1 else best
+    histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, best)]
+    return (answers, histories) if return_history else answers
+
+
+def _streamed_answers(tokenizer, steps, rows, config, template):
+    """The text of each row; no more steps are taken than the last of them needs."""
+    streams = [TextStream(tokenizer, config.stop_strings, template.cuts_at_stop) for _ in range(rows)]
+    answers = ["" for _ in range(rows)]
+    open_rows = set(range(rows))
+    for tokens in steps:
         for row in sorted(open_rows):
             if int(tokens[row]) in config.eos_token_ids:
                 open_rows.discard(row)
@@ -230,9 +260,17 @@ def batch_chat(
                 open_rows.discard(row)
         if not open_rows:
             break
-    answers = [answer + stream.close() for answer, stream in zip(answers, streams)]
-    histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, answers)]
-    return (answers, histories) if return_history else answers
+    return [answer + stream.close() for answer, stream in zip(answers, streams)]
+
+
+def _beam_answers(tokenizer, ids, config, template):
+    """``(text, its tokens)`` of whole answers ``[rows, M]``."""
+    answers = []
+    for row in ids.tolist():
+        end = next((i for i, token in enumerate(row) if token in config.eos_token_ids), len(row))
+        stream = TextStream(tokenizer, config.stop_strings, template.cuts_at_stop)
+        answers.append(("".join([stream.put(token) for token in row[:end]] + [stream.close()]), row[:end]))
+    return answers
 
 
 def _bytes(tensor):

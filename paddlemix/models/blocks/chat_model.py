@@ -222,7 +222,8 @@ class ChatModel(nn.Layer):
             generation_config: a :class:`GenerationConfig` or a dictionary; ``options`` replace some of its values.
 
         Returns:
-            The new tokens alone, ``[B, M]`` int64, finished rows filled with ``pad_token_id``.
+            The new tokens alone, ``[B, M]`` int64, finished rows filled with ``pad_token_id``. With ``num_return_sequences``
+            ``[B * num_return_sequences, M]``, best first for each row.
 
         Raises:
             PromptError: the prompt is too long, or context tokens and features differ in number.
@@ -238,7 +239,9 @@ class ChatModel(nn.Layer):
             if (mask != (np.arange(mask.shape[1]) >= starts[:, None])).any():
                 raise PromptError("attention_mask must have its zeros at the left: pad prompts on the left to generate")
         config = self.fit_context(config, ids.shape[1])
-        steps = generate_tokens(self.language_model, self.embed(ids, features), config, starts)
+        # Where a prompt is ids alone, the original's beam search penalises the repetition of the prompt's too.
+        alone = ids if features is None else None
+        steps = generate_tokens(self.language_model, self.embed(ids, features), config, starts, prompt_ids=alone)
         return paddle.to_tensor(np.stack(list(steps), axis=1))
 
     def _flat_features(self, visual_features):
@@ -265,6 +268,7 @@ class ChatModel(nn.Layer):
                 f"the prompt has {prompt_length} tokens but the model's context is {self.config.llm_config.context_length}: "
                 "use fewer tiles (--max_num), fewer pictures, or a shorter text"
             )
+        config = config.after(prompt_length)
         return GenerationConfig.of(config, max_new_tokens=min(config.max_new_tokens, room))
 
     def _token_ids(self, input_ids):

@@ -218,7 +218,7 @@ def new_cache(language_model, batch, capacity, dtype):
     return KVCache(language_model.config, batch, capacity, getattr(language_model, "cache_dtype", dtype))
 
 
-def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=None):
+def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=None, prompt_ids=None):
     """Generate answers token by token.
 
     Args:
@@ -227,6 +227,7 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
         config: a :class:`GenerationConfig`.
         starts: number of padding positions at the left of each row of ``inputs_embeds``, ``[B]``; None for none.
         cache: a :class:`~.language.KVCache` with room for ``N + max_new_tokens`` more positions; made if None.
+        prompt_ids: see :func:`~.beams.beam_search`; for beams alone.
 
     Yields:
         The next token of each row, ``[B]`` int64, until each row has met an end-of-answer id or ``max_new_tokens`` are
@@ -234,7 +235,7 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
         yielded after the search, for the best ``num_return_sequences`` of each row, ``[B * num_return_sequences]``.
     """
     if config.num_beams > 1:
-        yield from beam_search(language_model, inputs_embeds, config, starts, cache)[0].T
+        yield from beam_search(language_model, inputs_embeds, config, starts, cache, prompt_ids)[0].T
         return
     batch, prompt = inputs_embeds.shape[:2]
     if cache is None:

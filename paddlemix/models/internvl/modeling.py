@@ -179,6 +179,7 @@ class InternVLModel(nn.Layer):
         if len(vision) != len(ids):
             raise PromptError(f"{len(ids)} prompts but {len(vision)} pictures: give each picture its own")
         queries = self.config.num_query_token
+        config = config.after(ids.shape[1])
         length = queries + ids.shape[1] + config.max_new_tokens
         room = self.config.qllama_config.context_length
         if length > room:

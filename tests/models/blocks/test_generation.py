@@ -163,7 +163,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits():
     "options, message",
     [
         ({"max_new_token": 5}, "'max_new_token' is not known: use max_new_tokens"),
-        ({"num_beams": 4}, "num_beams"),
+        ({"num_beams": 0}, "num_beams"),
         ({"temperature": 0.0}, "temperature is 0.0: it must be above 0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: it must be at least 1"),
