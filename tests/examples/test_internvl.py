@@ -14,7 +14,6 @@ from paddlemix.evaluation import retrieval_recalls
 from paddlemix.evaluation.features import open_features
 from paddlemix.examples.internvl import caption, retrieval, video_retrieval, zero_shot_classification
 from tests.models.internvl.helpers import CHECKPOINT, PICTURES, load
-from tests.models.internvl.test_modeling import needs_beams
 
 MODEL = ["--model_name_or_path", str(CHECKPOINT), "--device", "cpu", "--engine", "eager"]
 COLORS = {"red": (220, 30, 30), "green": (20, 160, 60), "blue": (30, 60, 220)}
@@ -135,7 +134,6 @@ def test_clips(tmp_path):
     assert np.abs(features[0] - mean / np.linalg.norm(mean)).max() < 1e-6
 
 
-@needs_beams
 def test_captions_go_on_and_are_those_of_the_original(captions, tmp_path):
     flags = [*MODEL, "--images", str(captions), "--out", str(tmp_path), "--num_beams", "5", "--batch_size", "3"]
     caption.main(flags)

@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 from paddlemix.checkpoints import Checkpoint, convert_dtype, open_weight_file
 from paddlemix.checkpoints.tensors import row_count
 from paddlemix.errors import CheckpointError, ConfigError, ImageError, PromptError
-from paddlemix.models.blocks.generation import GenerationConfig
 from paddlemix.models.internvl import InternVisionModel, InternVLConfig, InternVLModel, load_tokenizer, transform
 from tests.conftest import REFERENCE, assert_close, load_reference
 from tests.models.internvl.helpers import CHECKPOINT, LORA, PICTURES, fresh, gradients, load, loss_inputs, retrieval_inputs
@@ -134,12 +133,6 @@ def test_bad_inputs_are_refused():
 # ---------------------------------------------------------------------- captions
 
 
-# Beam search comes with the generation that all models share.
-BEAMS = "num_beams" in GenerationConfig.__dataclass_fields__
-needs_beams = pytest.mark.skipif(not BEAMS, reason="beam search is not here yet")
-
-
-@needs_beams
 @pytest.mark.parametrize("number", range(len(load().expected["captions"])))
 def test_captions_equal_the_original(number):
     caption = dict(load().expected["captions"][number])
@@ -150,7 +143,6 @@ def test_captions_equal_the_original(number):
     assert [load().tokenizer.decode(row) for row in found.numpy()] == texts
 
 
-@needs_beams
 @pytest.mark.parametrize("beams", [1, 3])
 def test_prompts_padded_on_the_left_change_nothing(beams):
     """Also in a batch of prompts of different lengths, each as alone."""
