@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -57,7 +58,8 @@ def set_num_threads(count):
     a launcher started on one machine share its cores.
     """
     global _threads
-    wished, processes = (int(os.environ.get(name) or 1) for name in ("OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE"))
+    numbers = (re.match(r"\d*", os.environ.get(name, ""))[0] for name in ("OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE"))
+    wished, processes = (int(number or 1) or 1 for number in numbers)  # OpenMP takes "4,2" for levels: the first is ours
     _threads = count or (wished if wished > 1 else max(1, len(os.sched_getaffinity(0)) // processes))
 
 
@@ -83,9 +85,17 @@ class _Unavailable(Exception):
     """Why the kernels cannot be used here."""
 
 
+class _NoLibrary(_Unavailable):
+    """Why there is no compiled library."""
+
+
+@functools.cache
 def _cpu_flags():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _target():
@@ -105,38 +115,77 @@ def _target():
 def compiled():
     """Whether the library is there already, so that :func:`available` takes a tenth of a second instead of some seconds."""
     try:
-        return _target()[2].exists()
-    except (_Unavailable, OSError, subprocess.SubprocessError):
+        return _intact(_target()[2])
+    except (_Unavailable, OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: nobody knows the home folder
         return False
 
 
-def _build():
-    """Path of the compiled library, which is made if it is not there."""
-    compiler, libraries, target = _target()
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            module, built = Path(folder, "cpu.o"), Path(folder, "cpu.so")
-            for command in (
-                [compiler, *FLAGS, "-c", SOURCE, "-o", module],
-                # Without -fopenmp: it would add libgomp, a second set of threads beside the libiomp5 that Paddle runs on.
-                [compiler, "-shared", module, "-o", built, *libraries],
-            ):
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise _Unavailable(f"{compiler} failed: {done.stderr.strip().splitlines()[0]}")
-            built.replace(target)
-    return target
+def _intact(path):
+    """Whether the compiled library is there, and as it was written: half of one can crash whoever loads it."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
+
+
+def _build(compiler, libraries, target):
+    """Compile the library. The file gets its digest as its last bytes, and its name when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        module, built = Path(folder, "cpu.o"), Path(folder, "cpu.so")
+        for command in (
+            [compiler, *FLAGS, "-c", SOURCE, "-o", module],
+            # Without -fopenmp: it would add libgomp, a second set of threads beside the libiomp5 that Paddle runs on.
+            [compiler, "-shared", module, "-o", built, *libraries],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+            if done.returncode:
+                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise _Unavailable(f"{compiler} failed: {said[0]}")
+        content = built.read_bytes()
+        built.write_bytes(content + hashlib.sha256(content).digest())
+        built.replace(target)  # who builds at the same time has a folder of its own, and puts the same file there
 
 
 @functools.cache
-def _library():
-    library = ctypes.CDLL(str(_build()))
+def _loaded():
+    """The library, or else the reason why there is none: a second try would only take as long and say the same."""
+    try:
+        compiler, libraries, target = _target()
+        fresh = not _intact(target)
+        if fresh:
+            _build(compiler, libraries, target)
+        try:
+            return _open(target)
+        except (OSError, AttributeError):  # whole, but of no use here: of another system that shares the folder
+            if fresh:
+                raise
+            _build(compiler, libraries, target)
+            return _open(target)
+    except OSError as error:
+        if error.filename is None:
+            return _NoLibrary(str(error))
+        return _NoLibrary(f"{error.filename} cannot be used ({error.strerror}): make room, or set XDG_CACHE_HOME")
+    except (_Unavailable, AttributeError, RuntimeError, subprocess.SubprocessError) as error:
+        return _NoLibrary(str(error))
+
+
+def _open(path):
+    library = ctypes.CDLL(str(path))
     for name, arguments in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [_int, *arguments], ctypes.c_char_p
     library.linear_destroy.argtypes, library.linear_destroy.restype = [_pointer], None
     return library
+
+
+def _library():
+    loaded = _loaded()
+    if isinstance(loaded, _NoLibrary):
+        raise loaded
+    return loaded
 
 
 def _call(name, *arguments):
@@ -152,14 +201,27 @@ def _call(name, *arguments):
 def available(dtype="bfloat16"):
     """Whether the kernels work here with products in ``dtype``; compiles and checks them the first time.
 
-    bfloat16 needs a CPU with bfloat16 instructions (AVX512-bf16 or AMX). Says why not in a warning.
+    bfloat16 needs a CPU with bfloat16 instructions (:func:`has_bfloat16`). Says why not in a warning.
     """
     try:
         _self_check(dtype)
-    except (_Unavailable, OSError, subprocess.SubprocessError, RuntimeError) as error:
+    except _NoLibrary as error:
+        _warn_once(f"CPU kernels are off, so answers are slower: {error}")
+        return False
+    except (_Unavailable, OSError, RuntimeError) as error:
         warnings.warn(f"CPU kernels in {dtype} are off: {error}", RuntimeWarning, stacklevel=2)
         return False
     return True
+
+
+@functools.cache
+def _warn_once(message):
+    warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def has_bfloat16():
+    """Whether this CPU has bfloat16 instructions: AVX512-bf16 or AMX."""
+    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
 
 
 def _address(tensor):
@@ -384,7 +446,7 @@ def _self_check(dtype):
     Raises:
         _Unavailable: the machine lacks something, or a result is wrong.
     """
-    if dtype == "bfloat16" and not {"avx512_bf16", "amx_bf16"} & _cpu_flags():
+    if dtype == "bfloat16" and not has_bfloat16():
         raise _Unavailable("this CPU has no bfloat16 instructions")
     rng = np.random.default_rng(0)
 

@@ -59,7 +59,8 @@ def choose(engine, dtype, parameters):
     if engine == "eager":
         return "eager", device.resolve_dtype(dtype)
 
-    for candidate in ("bfloat16", "float32") if dtype == "auto" else (dtype,):
+    fastest = ("bfloat16", "float32") if kernels.has_bfloat16() else ("float32",)
+    for candidate in fastest if dtype == "auto" else (dtype,):
         if candidate != "float16" and kernels.available(candidate):
             return "inference", candidate
     if engine == "inference":
