@@ -63,12 +63,30 @@ def command_main(main):
     def wrapper(*args, **kwargs):
         os.environ.setdefault("GLOG_minloglevel", "2")
         warnings.filterwarnings("ignore", message="No ccache found")
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):  # a locale that lacks a character must not cost the answer
+                stream.reconfigure(errors="backslashreplace")
         try:
-            return main(*args, **kwargs)
+            done = main(*args, **kwargs)
+            sys.stdout.flush()  # here, where a closed pipe can still be met quietly
+            return done
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             raise SystemExit(1) from None
+        except BrokenPipeError:
+            # Who reads has seen enough (`| head -1`). What is left in the buffer must not fail again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        except (MemoryError, RuntimeError) as error:
+            problem = _exhausted(error)
+            if problem is None:
+                raise
+            print(f"error: {problem}", file=sys.stderr)
+            raise SystemExit(1) from None
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                print(f"error: {_exhausted(MemoryError())}", file=sys.stderr)
+                raise SystemExit(1) from None
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 print(f"error: {error.filename or 'a file'} cannot be written: the disk is full: make room", file=sys.stderr)
             elif error.filename is not None:
@@ -86,3 +104,12 @@ def command_main(main):
             raise SystemExit(130) from None
 
     return wrapper
+
+
+def _exhausted(error):
+    """What the machine has run out of, in a sentence; None if it is something else."""
+    if isinstance(error, MemoryError) or "ResourceExhausted" in str(error):
+        return "there is not enough memory: use a smaller model, fewer pictures or tiles (--max_num), or raise the limit"
+    if "start new thread" in str(error):
+        return "no more threads or processes can be started: raise the limit (ulimit -u), or close other programs"
+    return None

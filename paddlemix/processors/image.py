@@ -13,6 +13,8 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps
 
 from paddlemix.errors import ImageError
+from paddlemix.files import read_regular
+from paddlemix.validation import SIDE, TILES, shown
 
 # Mean and standard deviation per channel, for pixels in 0..1. Every released chat model uses "imagenet".
 NORMALIZATION = {
@@ -27,6 +29,7 @@ FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, ICO, JPEG 2000 or AVIF"
 
 # Pillow's own limit, kept even where another library has switched Pillow's off.
 MAX_PIXELS = 178_956_970
+MAX_BYTES = 1 << 30  # of a picture file: more than MAX_PIXELS take in any format
 
 
 def load_image(
@@ -108,8 +111,7 @@ def target_grids(min_num, max_num):
     Grids of equal area stay in the order in which a set yields them. That is the original's rule; it decides ties when
     min_num and max_num are so close that no better grid exists, and CPython's hash of two integers keeps it stable.
     """
-    if not 1 <= min_num <= max_num:
-        raise ImageError(f"min_num ({min_num}) and max_num ({max_num}) must satisfy 1 <= min_num <= max_num")
+    _check_tiles(min_num, max_num)
     grids = {
         (across, down)
         for limit in range(min_num, max_num + 1)
@@ -137,6 +139,7 @@ def find_closest_aspect_ratio(aspect_ratio, target_ratios, width, height, image_
 def dynamic_preprocess(image, min_num=1, max_num=12, image_size=448, use_thumbnail=False):
     """Cut an RGB picture into tiles: a list of PIL images of image_size x image_size, row by row, then the thumbnail."""
     _check_size(image_size)
+    _check_tiles(min_num, max_num)
     grids = target_grids(min_num, max_num)
     width, height = image.size
     if not width or not height:
@@ -148,6 +151,8 @@ def dynamic_preprocess(image, min_num=1, max_num=12, image_size=448, use_thumbna
 def cut_into_tiles(image, grid, image_size, use_thumbnail):
     """Cut an RGB picture into a ``grid`` (tiles across, tiles down); more than one tile may be followed by a thumbnail."""
     across, down = grid
+    if across * down * image_size**2 > MAX_PIXELS:
+        raise ImageError(f"{across * down} tiles of {image_size} pixels a side are more than {MAX_PIXELS} pixels; use fewer")
     resized = image.resize((across * image_size, down * image_size), Image.Resampling.BICUBIC)
     tiles = [
         resized.crop((left, top, left + image_size, top + image_size))
@@ -182,8 +187,7 @@ def _open(source):
     elif isinstance(source, (str, os.PathLike)):
         name = f"picture file {os.fspath(source)!r}"
         try:
-            with open(source, "rb") as file:
-                data = file.read()
+            data = read_regular(source, MAX_BYTES)
         except FileNotFoundError:
             raise ImageError(f"{name} does not exist; check the path") from None
         except IsADirectoryError:
@@ -272,5 +276,12 @@ def _normalization(normalize_type):
 
 
 def _check_size(size):
-    if not isinstance(size, (int, np.integer)) or size < 1:
-        raise ImageError(f"the tile size must be a positive number of pixels, not {size!r}")
+    if not SIDE.accepts(size):
+        raise ImageError(f"the tile size is {shown(size)}: it must be a positive number of pixels, at most {SIDE.high}")
+
+
+def _check_tiles(min_num, max_num):
+    if not (TILES.accepts(min_num) and TILES.accepts(max_num) and min_num <= max_num):
+        raise ImageError(
+            f"min_num ({shown(min_num)}) and max_num ({shown(max_num)}) must satisfy 1 <= min_num <= max_num <= {TILES.high}"
+        )

@@ -11,6 +11,7 @@ import numpy as np
 from paddlemix.errors import VideoError
 from paddlemix.processors.image import dynamic_preprocess, to_pixels
 from paddlemix.processors.video_readers import open_video
+from paddlemix.validation import SEGMENTS, check
 
 SAMPLES = ("segment", "middle", "rand", "interval")
 
@@ -100,8 +101,7 @@ def frame_prefix(num_frames):
 
 
 def _iterate_frames(path, num_segments, bound, sample, rng, reader):
-    if num_segments < 1:
-        raise VideoError(f"num_segments must be at least 1, not {num_segments}")
+    check({"num_segments": num_segments}, {"num_segments": SEGMENTS}, error=VideoError)
     if sample not in SAMPLES:
         raise VideoError(f"sample {sample!r} is unknown; choose one of {', '.join(SAMPLES)}")
     with closing(open_video(path, reader)) as video:
@@ -148,6 +148,6 @@ def _checked_bound(name, bound, fps, max_frame):
         raise VideoError(f"bound {bound!r} must satisfy 0 <= start < end, in seconds")
     if fps is None:
         raise VideoError(f"{name} is a folder of frames, which has no frame rate: leave bound out")
-    if round(start * fps) > max_frame:
+    if start * fps > max_frame + 1 or round(start * fps) > max_frame:  # the first alone for what no integer can hold
         raise VideoError(f"bound starts at {start:g} s, but {name} is only {(max_frame + 1) / fps:.2f} s long")
     return start, min(end, (max_frame + 1) / fps)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from paddlemix.errors import VideoError
+from paddlemix.files import open_regular
 from paddlemix.processors.image import open_image, picture_formats
 
 # Frames of a folder are files of these kinds; everything else in it is ignored.
@@ -28,16 +29,16 @@ def open_video(path, reader):
     name = f"video {str(path)!r}"
     if path.is_dir():
         return _FolderReader(path, name)
-    if not path.exists():
-        raise VideoError(f"{name} does not exist; check the path")
-    if not path.is_file():
-        raise VideoError(f"{name} is neither a file nor a folder; give one of them")
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not file.read(1):
                 raise VideoError(f"{name} is empty; replace it")
-    except OSError as error:
-        raise VideoError(f"{name} cannot be read ({error.strerror})") from None
+    except FileNotFoundError:
+        raise VideoError(f"{name} does not exist; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise VideoError(
+            f"{name} cannot be read ({getattr(error, 'strerror', None) or error}); give a file or folder"
+        ) from None
 
     try:
         picture = Image.open(path, formats=picture_formats())

@@ -37,7 +37,7 @@ def load_pictures(paths, config, max_num=None):
             path,
             input_size=config.image_size,
             min_num=config.min_dynamic_patch,
-            max_num=max_num or config.max_dynamic_patch,
+            max_num=config.max_dynamic_patch if max_num is None else max_num,
             use_thumbnail=config.use_thumbnail,
             pad2square=config.pad2square,
             dynamic=config.dynamic_image_size,

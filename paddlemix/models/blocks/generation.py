@@ -6,11 +6,12 @@ import numpy as np
 import paddle
 
 from paddlemix.errors import PromptError
-from paddlemix.validation import Integer, Number
+from paddlemix.validation import Integer, Number, check
 
 from .beams import beam_search
 from .language import KVCache
 from .layers import AttentionMask
+from .validation import GENERATION
 
 # Options of transformers whose values here ask for what happens anyway, or for nothing that changes an answer.
 _WITHOUT_EFFECT = {
@@ -88,6 +89,7 @@ class GenerationConfig:
                 setattr(self, field.name, field.default)
         if isinstance(self.stop_strings, str):
             self.stop_strings = (self.stop_strings,)
+        check(vars(self), GENERATION, error=PromptError)
         for name, valid, rule in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("min_new_tokens", self.min_new_tokens >= 0, "at least 0"),

@@ -13,6 +13,7 @@ from paddlemix.validation import (
     PATCH,
     POSITIONS,
     RANK,
+    SEED,
     SIDE,
     TILES,
     TOKEN_ID,
@@ -111,6 +112,24 @@ CHAT = {
     "use_backbone_lora": RANK,
     "use_llm_lora": RANK,
     "system_message": optional(Text()),
+}
+
+# How answers are generated: kinds and upper bounds. GenerationConfig says in words what is too small.
+GENERATION = {
+    "max_new_tokens": Integer(-POSITIONS.high, POSITIONS.high),
+    "min_new_tokens": Integer(-POSITIONS.high, POSITIONS.high),
+    "do_sample": Flag(),
+    "temperature": Number(-1e4, 1e4),
+    "top_k": optional(Integer(-(1 << 31), 1 << 31)),
+    "top_p": Number(-1e4, 1e4),
+    "repetition_penalty": Number(-1e4, 1e4),
+    "eos_token_id": optional(Either(TOKEN_ID, Items(TOKEN_ID, 0, 1000))),
+    "pad_token_id": optional(TOKEN_ID),
+    "stop_strings": Items(Text(), 0, 1000),
+    "seed": optional(SEED),
+    "min_p": Number(-1e4, 1e4),
+    "max_length": optional(Integer(-POSITIONS.high, POSITIONS.high)),
+    "min_length": Integer(-POSITIONS.high, POSITIONS.high),
 }
 
 _PATCHES = Integer(1, 512)  # along one side of a picture
