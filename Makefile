@@ -1,6 +1,8 @@
 # make demo             install, then ask the bundled model about a drawn scene, and about a photograph
 # make demo-video       the same about a clip
-# make test             install, then run all tests but those of make test-npu, which need g++
+# make test             install, then run the tests; make test-fast the quickest of them, make test-slow those that take long,
+#                       make soak what goes on for SOAK_SECONDS each, make test-npu those that need g++
+# make wheel            the package in dist/
 # make demo DEVICE=gpu  the same with the GPU build of Paddle (CUDA 12.6); DEVICE=npu for Ascend 910B
 PYTHON ?= python3
 DEVICE ?= cpu
@@ -14,7 +16,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: demo demo-video install test test-fast test-npu lint format clean
+.PHONY: demo demo-video install test test-fast test-slow test-npu soak wheel lint format clean
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -42,16 +44,34 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
+# As many processes as there are cores, but not more than the memory of a small machine holds.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+OTHERS := not slow and not soak and not npu
+
 test: install
-	$(BIN)/python -m pytest -m "not npu"
+	$(PYTEST) -m "$(OTHERS)"
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow and not npu"
+	$(PYTEST) -m "not medium and $(OTHERS)"
 
-# On the stand-in for Ascend (needs g++); then the quick tests with the setting that Ascend needs, which changes what views are.
+test-slow: install
+	$(PYTEST) -m "slow and not soak and not npu"
+
+# Each soak goes on for SOAK_SECONDS, one after another.
+SOAK_SECONDS ?= 600
+soak: install
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -m soak
+
+# On the stand-in for Ascend (needs g++); then other tests with the setting that Ascend needs, which changes what views are.
 test-npu: install
 	$(BIN)/python -m pytest -m npu
-	FLAGS_use_stride_kernel=0 $(BIN)/python -m pytest -m "not slow and not npu"
+	FLAGS_use_stride_kernel=0 $(PYTEST) -m "$(OTHERS)"
+
+# The wheel of a release, from what is committed alone.
+wheel: install
+	rm -rf build dist
+	$(BIN)/python -m pip --disable-pip-version-check wheel --no-deps -w dist .
+	rm -rf build
 
 lint: install
 	$(BIN)/ruff check .

@@ -27,17 +27,19 @@ def installed(tmp_path_factory):
     (wheel,) = folder.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     python = folder / "venv/bin/python"
-    subprocess.run([python, *pip[1:], "install", f"{wheel}[cpu]"], check=True, timeout=1200)
     empty = folder / "empty"
     empty.mkdir()
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
-    def run(*arguments):
+    def run(*arguments, code=0):
         command = [folder / "venv/bin/paddlemix", *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=empty, env=environment, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert done.returncode == code, done.stderr
+        return done.stdout or done.stderr
 
+    subprocess.run([python, *pip[1:], "install", wheel], check=True, timeout=1200)
+    run.without_paddle = [run("chat", code=1), run("doctor", code=1), run("--help")]
+    subprocess.run([python, *pip[1:], "install", f"{wheel}[cpu]"], check=True, timeout=1200)
     run.folder = empty
     return run
 
@@ -48,6 +50,13 @@ def test_chat_and_video_answer(installed):
     for name, script in (("chat", chat_demo), ("video", chat_demo_video)):
         done = subprocess.run([sys.executable, script.__file__], capture_output=True, text=True, check=True, timeout=120)
         assert installed(name) == done.stdout
+
+
+def test_before_paddle_is_there_its_installation_is_told(installed):
+    chat, doctor, contents = installed.without_paddle
+    assert chat.count("\n") == 1 and "pip install 'paddlemix[cpu]'" in chat
+    assert "paddlepaddle-gpu" in doctor and "paddle-custom-npu" in doctor
+    assert "check-data" in contents
 
 
 def test_commands_that_need_no_model(installed):

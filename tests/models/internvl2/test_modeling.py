@@ -9,7 +9,7 @@ import pytest
 from paddlemix.errors import ConfigError, PromptError
 from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
 from paddlemix.models.internvl2.modeling import causal_loss, pixel_shuffle
-from tests.conftest import FAMILIES, REFERENCE, assert_close, load_reference, tiles
+from tests.conftest import FAMILIES, PICTURE_TOLERANCE, REFERENCE, assert_close, load_reference, tiles
 
 
 def test_vision_features_equal_the_original(reference):
@@ -83,7 +83,7 @@ def test_first_logits_of_each_chat_equal_the_original(reference, chat_pixels):
         assert counts == chat["num_patches_list"]
         with paddle.no_grad():
             logits = reference.model(pixels, np.array([chat["input_ids"]])).logits[0, -1]
-        assert_close(logits, reference.arrays[f"first_logits_{chat['label']}"])
+        assert_close(logits, reference.arrays[f"first_logits_{chat['label']}"], PICTURE_TOLERANCE)
 
 
 def test_gradients_and_optimiser_steps_equal_the_original(reference):
