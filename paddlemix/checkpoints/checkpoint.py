@@ -146,8 +146,21 @@ def _scan(directory):
     return fingerprints, found
 
 
+def _check_not_quantised(directory, found, config):
+    said = [part.extra.get("quantization_config") for part in (config, getattr(config, "llm_config", None)) if part is not None]
+    methods = [str(s.get("quant_method", "no named")) if isinstance(s, dict) else str(s) for s in said if s]
+    packed = next((name for name in found if name.endswith((".qweight", ".qzeros", ".scales", ".absmax", ".SCB"))), None)
+    if methods or packed:
+        sign = f"its config.json has a quantization_config of method {methods[0][:40]}" if methods else f"it has {packed}"
+        raise CheckpointError(
+            f"{directory} is a quantised checkpoint ({sign}): these cannot be read, so take the original one, in bfloat16 or "
+            "float16"
+        )
+
+
 def _check_tensors(directory, parts, found, config):
     """The layout of the tensors ``found``, after checking that they are those of ``parts``."""
+    _check_not_quantised(directory, found, config)
     for name, location in found.items():
         if location.dtype not in ARRAY_DTYPES:
             raise CheckpointError(

@@ -1,9 +1,11 @@
 """Boxes in answers: reading them from text and drawing them on the picture.
 
 The models write ``<ref>name</ref><box>[[x1, y1, x2, y2], ...]</box>`` with coordinates in thousandths of the original
-picture's width and height, whatever its tiling was.
+picture's width and height, whatever its tiling was. Asked for JSON, they write objects with ``bbox_2d`` (or ``bbox``) and
+``label`` instead.
 """
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -15,6 +17,9 @@ _BOXES = re.compile(
     rf"(?:<ref>(?P<name>(?:(?!</?ref>).)*)</ref>)?\s*(?P<open><box>)?\s*(?P<boxes>\[\s*{_BOX}(?:\s*,\s*{_BOX})*\s*\]|{_BOX})\s*(?:</box>)?",
     re.DOTALL,
 )
+_BOX_KEYS, _NAME_KEYS = ("bbox_2d", "bbox", "box_2d", "box"), ("label", "name", "text", "object")
+_ONLY_NUMBERS = re.compile(r"[^\s\d\[\].,;-]")  # what a text of nothing but boxes has not
+_FENCE = re.compile(r"```(?:json)?")
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
 
 
@@ -40,21 +45,73 @@ def parse_boxes(text, width, height):
     Returns:
         A list of :class:`Box`, clipped to the picture; empty where the text has none. Coordinates whose sum is below 4, in
         each of the boxes that go together, are taken as fractions of the sides, as the evaluation of RefCOCO in InternVL does.
+        Four numbers in single brackets, without a mark around them or a name before them, are a box only where the text is
+        nothing else.
     """
-    boxes, end = [], 0
+    boxes = []
+    for found in _json_groups(text):
+        boxes += _scaled(found, width, height)
+    if boxes or any(f'"{key}"' in text for key in _BOX_KEYS):
+        return boxes
+    end = 0
     for match in _BOXES.finditer(text):
         name = match["name"]
+        single = name is None and not match["boxes"].startswith("[[") and "[" not in text[: match.start()].rstrip()[-1:]
+        if single and "<box>" not in text and _ONLY_NUMBERS.search(text):
+            continue
         if name is None:
             name = re.sub(r"<[^<>]*>", "", text[end : match.start()]).strip(" \n[],;:.，；：。")
         end = match.end()
         numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", match["boxes"])]
         found = [numbers[at : at + 4] for at in range(0, len(numbers), 4)]
-        unit = 1.0 if all(sum(values) < 4 for values in found) else 1000.0
-        for values in found:
-            x1, x2 = sorted(min(max(v / unit, 0.0), 1.0) * width for v in values[0::2])
-            y1, y2 = sorted(min(max(v / unit, 0.0), 1.0) * height for v in values[1::2])
-            boxes.append(Box(name.strip(), x1, y1, x2, y2))
+        boxes += _scaled([(name.strip(), values) for values in found], width, height)
     return boxes
+
+
+def _scaled(found, width, height):
+    """Boxes of ``(name, [x1, y1, x2, y2])`` that go together."""
+    unit = 1.0 if all(sum(values) < 4 for _, values in found) else 1000.0
+    boxes = []
+    for name, values in found:
+        x1, x2 = sorted(min(max(v / unit, 0.0), 1.0) * width for v in values[0::2])
+        y1, y2 = sorted(min(max(v / unit, 0.0), 1.0) * height for v in values[1::2])
+        boxes.append(Box(name, x1, y1, x2, y2))
+    return boxes
+
+
+def _json_groups(text):
+    """Lists of (name, four numbers): of each JSON value of the text that has boxes, those in it."""
+    text, decoder, at = _FENCE.sub(" ", text), json.JSONDecoder(), 0
+    while (start := min((i for i in (text.find("[", at), text.find("{", at)) if i >= 0), default=-1)) >= 0:
+        try:
+            value, at = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError):
+            at = start + 1  # an answer that was cut off: the objects in it are whole
+            continue
+        found = list(_json_boxes(value))
+        if found:
+            yield found
+
+
+def _json_boxes(value):
+    """(name, four numbers) of an object with a box, or of a list of such, whichever way they lie in each other."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += reversed(value)
+        elif isinstance(value, dict):
+            key = next((key for key in _BOX_KEYS if key in value), None)
+            if key is None:
+                waiting += reversed([v for v in value.values() if isinstance(v, (list, dict))])
+                continue
+            name = next((value[k] for k in _NAME_KEYS if isinstance(value.get(k), str)), "")
+            several = (
+                value[key] if isinstance(value[key], list) and value[key] and isinstance(value[key][0], list) else [value[key]]
+            )
+            for numbers in several:
+                if isinstance(numbers, list) and len(numbers) == 4 and all(type(n) in (int, float) for n in numbers):
+                    yield name.strip(), [float(n) for n in numbers]
 
 
 def draw_boxes(image, boxes):

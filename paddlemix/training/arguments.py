@@ -62,7 +62,7 @@ class DataTrainingArguments:
     force_image_size: int = _arg(448, "side of a tile in pixels")
     down_sample_ratio: float = _arg(0.5, "pixel shuffle's factor: 0.5 makes 256 tokens of a tile of 448 pixels")
     pad2square: bool = _arg(False, "pad pictures to squares with their mean colour, where they are not tiled")
-    conv_style: str = _arg("internlm2-chat", "conversation template")
+    conv_style: str | None = _arg(None, "conversation template; default: the checkpoint's own")
     use_data_resampling: bool = _arg(False, "draw from data sets in proportion to the square roots of their sizes")
     dynamic_image_size: bool = _arg(False, "cut pictures into tiles; otherwise each picture is one tile")
     use_thumbnail: bool = _arg(False, "add a small copy of a picture to its tiles")

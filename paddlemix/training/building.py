@@ -50,6 +50,8 @@ def build_model(model_args, data_args, dtype, checkpoint=None, keep=None):
                 "start from a language model with --vision_path and --llm_path instead"
             )
     template = model.config.template
+    if data_args.conv_style is None:
+        data_args.conv_style = template or "internlm2-chat"  # parts by themselves name none
     _configure(model.config, model_args, data_args)
     if template not in (None, data_args.conv_style):
         _log.warning(

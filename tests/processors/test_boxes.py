@@ -29,6 +29,18 @@ from paddlemix.processors.boxes import Box, draw_boxes, parse_boxes
         ("<ref>x</ref><box>[[100 200 300 400]]</box>, <box>[[1, 2, 3]]</box>, [[nan, 1, 2, 3]]", []),
         ("<ref>no box</ref>", []),
         ("There is nothing of the kind in [this] picture.", []),
+        ('[{"bbox_2d": [100, 200, 300, 400], "label": "truck"}]', [Box("truck", 20, 20, 60, 40)]),
+        (
+            'Here:\n```json\n[{"label": "truck", "bbox_2d": [100, 200, 300, 400]},'
+            ' {"bbox": [0, 0, 500, 500], "label": "a, b"}]\n```',
+            [Box("truck", 20, 20, 60, 40), Box("a, b", 0, 0, 100, 50)],
+        ),
+        ('{"bbox_2d": [0.1, 0.2, 0.3, 0.4]}', [Box("", 20, 20, 60, 40)]),
+        ('{"objects": [{"label": "x", "bbox_2d": [[100, 200, 300, 400]]}]} done', [Box("x", 20, 20, 60, 40)]),
+        ('[{"bbox_2d": [100, 200, 300, 400], "label": "x"}, {"bbox_2d": [1, 2', [Box("x", 20, 20, 60, 40)]),  # cut off
+        ('[{"bbox_2d": [1, 2, 3], "label": "x"}, {"bbox_2d": "all", "label": 5}]', []),
+        ("The four numbers are [1, 2, 3, 4].", []),
+        ("Between [100, 200, 300, 400] and the end", []),
         ("<ref>cut off</ref><box>[[100, 200, 300", []),
         ("", []),
     ],

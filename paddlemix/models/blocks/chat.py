@@ -22,7 +22,8 @@ class ChatSession:
         tokenizer: from :func:`~.tokenization.load_tokenizer`.
         history: ``[(question, answer), ...]`` of earlier rounds; the pictures of its ``<image>`` marks come with the first
             question.
-        system_message: replaces the template's.
+        system_message: who the model is told to be; None for ``model.system_message`` or, where that is None, what the
+            checkpoint says. Either may be set between rounds.
         template: instead of the model's.
 
     Attributes:
@@ -35,12 +36,17 @@ class ChatSession:
     def __init__(self, model, tokenizer, history=None, system_message=None, template=None):
         model.set_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.template = (template or model.template()).with_system_message(system_message)
+        self.system_message, self._template = system_message, template or model.template()
         self.history = [tuple(turn) for turn in history or []]
         self.cached_tokens = 0
         self.answers, self.marked_answer = [], ""
         self._features = []  # of each picture, [tiles * num_image_token, D]
         self._cache, self._ids = None, []  # keys and values, and the token ids that they belong to
+
+    @property
+    def template(self):
+        """The template of the next prompt."""
+        return self._template.with_system_message(self.model.system_message).with_system_message(self.system_message)
 
     def ask(self, question, pixel_values=None, generation_config=None, num_patches_list=None):
         """Ask and wait for the whole answer; the arguments are those of :meth:`stream`.
@@ -194,7 +200,7 @@ def batch_chat(
         PromptError: as :meth:`ChatSession.stream`, naming the question by its number.
     """
     model.set_tokenizer(tokenizer)
-    template = template or model.template()
+    template = (template or model.template()).with_system_message(model.system_message)
     histories = [[tuple(turn) for turn in turns or []] for turns in (history or [None] * len(questions))]
     if isinstance(pixel_values, (list, tuple)):
         parts = [split_pictures(part) for part in pixel_values]

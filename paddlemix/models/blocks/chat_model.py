@@ -37,6 +37,7 @@ class ChatModel(nn.Layer):
 
     # Tiles that go through the vision tower at once without gradients; more cost memory and save no time on CPU.
     vision_batch = 4
+    system_message = None  # who the model is told to be, in place of what config.json or the template say; '' for nobody
     packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
     source = None  # the Checkpoint that the weights were loaded from
 
