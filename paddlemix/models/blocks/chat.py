@@ -4,12 +4,16 @@ A :class:`ChatSession` keeps what it has computed: the features of its pictures,
 that the next prompt begins with. ``model.chat`` is a session of one question.
 """
 
+import hashlib
+
 import numpy as np
 import paddle
 
 from paddlemix.errors import PromptError
 
 from .conversation import IMAGE_PLACEHOLDER
+from .decoding.loop import Loop, positions_for
+from .decoding.scheduler import Picture
 from .generation import GenerationConfig, TextStream, generate_tokens, new_cache
 from .inputs import host_list, split_pictures
 
@@ -77,7 +81,7 @@ class ChatSession:
         known = [f.shape[0] for f in self._features]
         counted = known + [tiles * per_tile for tiles in counts]
         ids = self.model.prompt_ids(self.tokenizer, self.template, [*self.history, (question, None)], counted)
-        config = _end_of_answer(generation_config, self.template, self.tokenizer)
+        config = end_of_answer(generation_config, self.template, self.tokenizer, self.model)
         config = self.model.fit_context(config, len(ids))
 
         features = self._features + self._features_of(pixel_values, counts)
@@ -229,26 +233,51 @@ def batch_chat(
         except PromptError as error:
             raise PromptError(f"question {i + 1}: {error}") from None
 
+    config = end_of_answer(generation_config, template, tokenizer, model)
+    config = model.fit_context(config, max(map(len, prompts)))
+    in_pages = config.num_beams == 1 and model.decodes_in_pages
+    run = _answers_in_pages if in_pages else _answers_of_rows
+    answers = run(model, tokenizer, pixel_values, prompts, counts, config, template)
+    best = [row[0] for row in answers]
+    answers = answers if config.num_return_sequences > 1 else best
+    histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, best)]
+    return (answers, histories) if return_history else answers
+
+
+def _answers_in_pages(model, tokenizer, pixel_values, prompts, counts, config, template):
+    """Answers of rows that each have their own length, a list of one for each row."""
+    room = positions_for(len(prompt) + config.max_new_tokens for prompt in prompts)
+    loop = Loop(model, tokenizer, room, max_seqs=len(prompts))
+    pictures = iter(digested(pixel_values, [n for row in counts for n in row]))
+    jobs = []
+    for row, (prompt, tiles) in enumerate(zip(prompts, counts)):
+        own = place_pictures(prompt, model, [next(pictures) for _ in tiles])
+        jobs.append(loop.make_job(prompt, config, own, stream=row, cuts=template.cuts_at_stop))
+        loop.add(jobs[-1])
+    answers = dict.fromkeys(jobs, "")
+    while loop.is_busy:
+        for event in loop.step():
+            if event.error is not None:
+                raise event.error
+            answers[event.job] += event.piece
+    return [[answer] for answer in answers.values()]
+
+
+def _answers_of_rows(model, tokenizer, pixel_values, prompts, counts, config, template):
+    """Answers of rows that are padded on the left to one length, a list for each row."""
     width = max(map(len, prompts))
     starts = np.array([width - len(p) for p in prompts])
-    config = _end_of_answer(generation_config, template, tokenizer)
-    config = model.fit_context(config, width)
     filler = config.eos_token_ids[0]  # never seen: attention starts behind it
     ids = np.array([[filler] * start + prompt for start, prompt in zip(starts, prompts)], dtype="int64")
     features = model.extract_feature(pixel_values) if any(counts) else None
     features = None if features is None else features.reshape([-1, features.shape[-1]])
 
     steps = generate_tokens(model.language_model, model.embed(ids, features), config, starts)
-    if config.num_beams > 1:
-        texts = [text for text, _ in _beam_answers(tokenizer, np.stack(list(steps)).T, config, template)]
-        several = config.num_return_sequences
-        answers = [texts[at : at + several] for at in range(0, len(texts), several)]
-    else:
-        answers = [[answer] for answer in _streamed_answers(tokenizer, steps, len(questions), config, template)]
-    best = [row[0] for row in answers]
-    answers = answers if config.num_return_sequences > 1 else best
-    histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, best)]
-    return (answers, histories) if return_history else answers
+    if config.num_beams == 1:
+        return [[answer] for answer in _streamed_answers(tokenizer, steps, len(prompts), config, template)]
+    texts = [text for text, _ in _beam_answers(tokenizer, np.stack(list(steps)).T, config, template)]
+    several = config.num_return_sequences
+    return [texts[at : at + several] for at in range(0, len(texts), several)]
 
 
 def _streamed_answers(tokenizer, steps, rows, config, template):
@@ -279,6 +308,36 @@ def _beam_answers(tokenizer, ids, config, template):
     return answers
 
 
+def digested(pixel_values, counts):
+    """The digest and the tiles of each picture."""
+    parts = np.cumsum([0, *counts])
+    found = []
+    for a, b in zip(parts, parts[1:]):
+        tiles = np.ascontiguousarray(np.asarray(pixel_values[int(a) : int(b)], dtype="float32"))
+        found.append((hashlib.blake2b(tiles, digest_size=16).digest(), tiles))
+    return found
+
+
+def place_pictures(ids, model, pictures):
+    """Where the pictures of a prompt are.
+
+    Args:
+        ids: of the prompt, with as many context tokens as ``pictures`` need.
+        model: whose tokenizer is set.
+        pictures: ``(digest, tiles [T, 3, H, W])`` in reading order.
+
+    Returns:
+        A list of :class:`~.decoding.scheduler.Picture`.
+    """
+    places = np.flatnonzero(np.asarray(ids) == model.img_context_token_id)
+    found, at = [], 0
+    for digest, tiles in pictures:
+        count = len(tiles) * model.config.num_image_token
+        found.append(Picture(digest, int(places[at]), count, tiles))
+        at += count
+    return found
+
+
 def _bytes(tensor):
     return tensor.size * tensor.element_size()
 
@@ -300,6 +359,13 @@ def _mark_picture(question, history, counts):
     return question
 
 
-def _end_of_answer(generation_config, template, tokenizer):
+def end_of_answer(generation_config, template, tokenizer, model):
+    """The configuration with the template's end of an answer, and its form compiled."""
     config = GenerationConfig.of(generation_config, eos_token_id=tokenizer.require_token_id(template.stop))
-    return GenerationConfig.of(config, stop_strings=(*config.stop_strings, *template.stop_strings))
+    config = GenerationConfig.of(config, stop_strings=(*config.stop_strings, *template.stop_strings))
+    if config.form is None:
+        return config
+    from .decoding.forms import compile_form
+
+    size = model.config.llm_config.vocab_size
+    return GenerationConfig.of(config, form=compile_form(config.form, tokenizer, config.eos_token_id, size))

@@ -39,6 +39,7 @@ class ChatModel(nn.Layer):
     vision_batch = 4
     system_message = None  # who the model is told to be, in place of what config.json or the template say; '' for nobody
     packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
+    decodes_in_pages = False  # whether :mod:`~.decoding` knows how its pictures go into its prompts
     source = None  # the Checkpoint that the weights were loaded from
 
     def __init__(self, config, projector):

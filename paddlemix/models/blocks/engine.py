@@ -232,7 +232,9 @@ class _DecoderLayer(nn.Layer):
         if mask.segments is not None or not mask.is_spans or picture is not None:
             raise ValueError("packed rows, a prefix that sees itself and cross-attention are for the eager engine")
         qkv = self.qkv(x, norm=self.norm1)
-        appends = cache is not None and self.window is not None  # the cache keeps the last positions, which have no fixed place
+        paged = getattr(cache, "is_paged", False)
+        # A sliding layer's cache keeps the last positions, which have no fixed place; pages have none either.
+        appends = paged or (cache is not None and self.window is not None)
         if cache is None or appends:
             (keys, values), length = self._stores(qkv), tokens
         else:
@@ -242,7 +244,7 @@ class _DecoderLayer(nn.Layer):
         if appends:
             keys, values = cache.append(self.index, keys, values)
             length = keys.shape[1]
-            starts = None if starts is None else np.maximum(starts - (cache.length - length), 0)
+            starts = starts if starts is None or paged else np.maximum(starts - (cache.length - length), 0)
         out = kernels.attention(
             q, keys, values, causal=True, length=length, starts=starts, dtype=self.dtype, window=self.window, sinks=self.sinks
         )

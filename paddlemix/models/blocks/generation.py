@@ -9,6 +9,7 @@ from paddlemix.errors import PromptError
 from paddlemix.validation import Integer, Number, check
 
 from .beams import beam_search
+from .decoding.sampling import Chooser
 from .language import KVCache
 from .layers import AttentionMask
 from .validation import GENERATION
@@ -53,7 +54,7 @@ class GenerationConfig:
         eos_token_id: id or ids that end an answer; chat sets it from the template.
         pad_token_id: what fills a finished row of a batch; by default the first end-of-answer token.
         stop_strings: texts that end an answer; they are not part of it.
-        seed: of the random draws; None for a different answer each time.
+        seed: of the random draws, any integer; None for a different answer each time.
         min_p: draw from tokens that are at least this share as likely as the likeliest; 0 for all.
         max_length: longest prompt and answer together, in tokens, where max_new_tokens is not said; None for no such bound.
         min_length: shortest prompt and answer together, in tokens.
@@ -62,6 +63,13 @@ class GenerationConfig:
         length_penalty: with beams: the exponent of its length that the log probability of an answer is divided by.
         early_stopping: with beams: True stops at the first ``num_beams`` whole answers, False when none better is likely,
             ``"never"`` when none better is possible.
+        min_p: draw from tokens that are at least this share as likely as the likeliest; 0 for all.
+        frequency_penalty, presence_penalty: subtracted from the logit of a token for each time, or once if at all, that it
+            is in the answer.
+        logit_bias: ``{id: added to its logit}``.
+        logprobs: how many of the likeliest tokens to tell with each chosen one, where who asks can be told; None for not.
+        form: what the answer has to look like, a :class:`~.decoding.forms.Form` or what :func:`~.decoding.forms.compile_form`
+            takes (``{"json_schema": ...}``, ``{"choices": [...]}``, ``{"regex": ...}``); chat compiles it.
     """
 
     max_new_tokens: int = 1024
@@ -82,6 +90,11 @@ class GenerationConfig:
     num_return_sequences: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict | None = None
+    logprobs: int | None = None
+    form: object = None
 
     def __post_init__(self):
         for field in fields(self):
@@ -170,49 +183,25 @@ class GenerationConfig:
 
 
 class Sampler:
-    """Chooses the next token of each row by a :class:`GenerationConfig`.
-
-    Everything but the plain argmax is done in float32 on the host, which costs less than a millisecond a row and is the
-    same on every device.
-    """
+    """Chooses the next token of each row of a batch, each by a :class:`~.decoding.sampling.Chooser` of its own."""
 
     def __init__(self, config):
         self.config = config
-        self._random = np.random.default_rng(config.seed)
+        self._choosers = []
 
     def __call__(self, logits, answers):
         """``logits [B, V]`` and the ``answers`` so far, a list of ids for each row -> next ids ``[B]`` int64."""
-        config = self.config
-        forbid_end = answers and len(answers[0]) < config.min_new_tokens and config.eos_token_ids
-        if not config.do_sample and config.repetition_penalty == 1 and not forbid_end:
+        if not self._choosers:
+            self._choosers = [Chooser(self.config, row) for row in range(len(answers))]
+        if self._choosers[0].is_plain(len(answers[0])):
             return paddle.argmax(logits, axis=-1).numpy()
         scores = logits.astype("float32").numpy().copy()
-        for row, answer in zip(scores, answers):
-            if config.repetition_penalty != 1 and answer:
-                seen = np.unique(answer)
-                row[seen] = np.where(
-                    row[seen] > 0, row[seen] / config.repetition_penalty, row[seen] * config.repetition_penalty
-                )
-            if forbid_end:
-                row[config.eos_token_ids] = -np.inf
-        if not config.do_sample:
-            return scores.argmax(-1)
-        return np.array([self._draw(row / config.temperature) for row in scores])
+        return np.array([choose(row, answer).token for choose, row, answer in zip(self._choosers, scores, answers)])
 
-    def _draw(self, scores):
-        order = np.arange(scores.size)
-        if self.config.top_k and self.config.top_k < scores.size:
-            order = np.argpartition(scores, -self.config.top_k)[-self.config.top_k :]
-        order = order[np.argsort(-scores[order], kind="stable")]
-        weights = np.exp(scores[order].astype(np.float64) - scores[order[0]])
-        weights /= weights.sum()
-        if self.config.min_p > 0:
-            kept = int((weights >= self.config.min_p * weights[0]).sum())
-            order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
-        if self.config.top_p < 1:  # the token that reaches top_p belongs to the set
-            kept = int(np.searchsorted(np.cumsum(weights), self.config.top_p)) + 1
-            order, weights = order[:kept], weights[:kept] / weights[:kept].sum()
-        return int(self._random.choice(order, p=weights))
+    @property
+    def complete(self):
+        """For each row whether its answer has all that its form asks for."""
+        return np.array([c.matcher is not None and c.matcher.complete for c in self._choosers])
 
 
 def new_cache(language_model, batch, capacity, dtype):
@@ -261,6 +250,8 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
             answer.append(int(token))
         finished |= np.isin(tokens, ends)
         yield tokens
+        if config.form is not None:
+            finished |= sampler.complete
         if finished.all():
             return
         inputs_embeds = language_model.embed(paddle.to_tensor(tokens.reshape([-1, 1]))).astype(inputs_embeds.dtype)
@@ -270,23 +261,23 @@ class TextStream:
     """Turns the ids of one answer into text as they come, never splitting a character.
 
     ``stream.put(id)`` returns the text that became certain; ``stream.close()`` what is left. Together the pieces are
-    exactly the decoded answer, cut before the first stop string and stripped of white space at both ends. Without ``cut`` a
-    stop string is only taken away where the answer ends in it, not where its last token goes on behind it.
+    exactly the decoded answer, cut before the first stop string and, with ``strip``, of white space at both ends. Without
+    ``cut`` a stop string is only taken away where the answer ends in it, not where its last token goes on behind it.
     ``stream.stopped`` tells that a stop string was met.
     """
 
     # Ids that are decoded again with each new one: enough for every tokenizer's rules about spaces.
     _CONTEXT = 4
 
-    def __init__(self, tokenizer, stop_strings=(), cut=True):
-        self._tokenizer, self._cut = tokenizer, cut
+    def __init__(self, tokenizer, stop_strings=(), cut=True, skip_special_tokens=True, strip=True):
+        self._tokenizer, self._cut, self._skip, self._strip = tokenizer, cut, skip_special_tokens, strip
         self._stop_strings = [s for s in stop_strings if s]
         self._window, self._shown = [], 0  # the last ids, and how much of their text is in self._text
         self._text, self._sent = "", 0
         self.stopped = False
 
     def _decode(self, ids):
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
     def _advance(self, final=False):
         text = self._decode(self._window)
@@ -302,11 +293,12 @@ class TextStream:
         found = [at for at in (self._text.find(s) for s in self._stop_strings) if at >= 0]
         self.stopped = self.stopped or bool(found)
         text = self._text[: min(found)] if found and self._cut else self._text
-        text = text.lstrip()
-        ready = text.rstrip()
+        text = text.lstrip() if self._strip else text
+        ready = text.rstrip() if self._strip else text
         if not final and not found:  # the beginning of a stop string may be what the text ends in
             held = max((k for s in self._stop_strings for k in range(1, len(s)) if text.endswith(s[:k])), default=0)
-            ready = text[: len(text) - held].rstrip()
+            ready = text[: len(text) - held]
+            ready = ready.rstrip() if self._strip else ready
         if found and not self._cut:
             ready = next((ready.removesuffix(s).rstrip() for s in self._stop_strings if ready.endswith(s)), ready)
         piece, self._sent = ready[self._sent :], max(self._sent, len(ready))

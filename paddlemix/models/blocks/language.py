@@ -161,6 +161,11 @@ class KVCache:
         self._values = [paddle.zeros(nothing if window else shape, dtype) for window in self.windows]
         self._rows = None
 
+    @property
+    def rotary_lengths(self):
+        """How long sequences are, which decides the scaling of rotary positions: a number, or one for each new token."""
+        return self.length
+
     def reserve(self, count):
         """Make the next ``count`` positions the ones that :meth:`append` fills in each layer."""
         if self.length + count > self.capacity:
@@ -373,7 +378,7 @@ class Decoder(nn.Layer):
         tokens = inputs_embeds.shape[1]
         if cache is not None:
             cache.reserve(tokens)
-        lengths = self.rope.lengths(position_ids) if cache is None else cache.length
+        lengths = self.rope.lengths(position_ids) if cache is None else cache.rotary_lengths
         if isinstance(position_ids, np.ndarray):
             position_ids = paddle.to_tensor(position_ids)
         rope = self.rope(position_ids, lengths)

@@ -195,5 +195,15 @@ class InternVisionModel(nn.Layer):
         Returns:
             ``[T, 1 + P, D]``.
         """
-        depth = select_layer if select_layer >= 0 else len(self.encoder.layers) + 1 + select_layer
-        return self.encoder(self.embeddings(pixel_values), depth)
+        return self.encoder(self.embeddings(pixel_values), self._depth(select_layer))
+
+    def _depth(self, select_layer):
+        return select_layer if select_layer >= 0 else len(self.encoder.layers) + 1 + select_layer
+
+    def steps(self, pixel_values, select_layer=-1):
+        """:meth:`forward` without gradients, block by block: yields the hidden state after each, of which the last counts."""
+        x = self.embeddings(pixel_values)
+        yield x
+        for layer in self.encoder.layers[: self._depth(select_layer)]:
+            x = layer(x)
+            yield x

@@ -30,6 +30,8 @@ __all__ = [
 class InternVLChatModel(ChatModel):
     """A vision tower, a projector behind pixel shuffle and a language model (arXiv 2404.16821)."""
 
+    decodes_in_pages = True
+
     def __init__(self, config):
         scale = round(1 / config.downsample_ratio) ** 2
         super().__init__(config, Projector(config.vision_config.hidden_size * scale, config.llm_config.hidden_size))
@@ -66,17 +68,33 @@ class InternVLChatModel(ChatModel):
     # ------------------------------------------------------------------ pictures
 
     def _extract_feature(self, pixel_values):
+        self._check_sides(pixel_values.shape)
+        return self._project(self._patches(pixel_values), pixel_values.shape)
+
+    def _check_sides(self, shape):
         config = self.config
-        patch, step = config.vision_config.patch_size, round(1 / config.downsample_ratio)
-        height, width = pixel_values.shape[2:]
-        if height % (patch * step) or width % (patch * step):
+        multiple = config.vision_config.patch_size * round(1 / config.downsample_ratio)
+        height, width = shape[2:]
+        if height % multiple or width % multiple:
             raise PromptError(
-                f"pixel_values are {width}x{height} pixels: sides must be multiples of {patch * step}; this model's tiles are "
+                f"pixel_values are {width}x{height} pixels: sides must be multiples of {multiple}; this model's tiles are "
                 f"{config.image_size}x{config.image_size} (input_size of load_image)"
             )
-        rows, columns = height // patch, width // patch
-        x = self._patches(pixel_values)[:, 1:]  # without the class token
-        x = x.reshape([x.shape[0], rows, columns, x.shape[-1]])
+
+    def feature_steps(self, pixel_values):
+        """:meth:`extract_feature` of a few tiles in slices: yields None after each block of the tower, then the features."""
+        self._check_sides(pixel_values.shape)
+        hidden = None
+        for state in self.vision_model.steps(pixel_values, self.config.select_layer):
+            hidden = state
+            yield None
+        yield self._project(hidden, pixel_values.shape)
+
+    def _project(self, hidden, shape):
+        """The tower's ``[T, 1 + P, D_vision]`` for tiles of ``shape`` -> ``[T, num_image_token, D]``."""
+        config = self.config
+        rows, columns = (side // config.vision_config.patch_size for side in shape[2:])
+        x = hidden[:, 1:].reshape([hidden.shape[0], rows, columns, hidden.shape[-1]])  # without the class token
         x = pixel_shuffle(x, config.downsample_ratio, config.ps_version)
         return self.mlp1(x.reshape([x.shape[0], -1, x.shape[-1]]))
 

@@ -1,0 +1,208 @@
+"""The loop that decodes many: jobs go in at any time, each turn of :meth:`Loop.step` gives what has come out.
+
+One thread owns a loop. :func:`~..chat.batch_chat` turns it until all is answered, the server for as long as it lives.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import paddle
+
+from paddlemix import device
+from paddlemix.errors import PromptError, UserError
+
+from ..generation import GenerationConfig, TextStream
+from ..layers import count_parameters
+from .pages import PageTable
+from .sampling import Choice, Chooser
+from .scheduler import Scheduler, Sequence
+from .step import PagedCache, Stepper
+from .tower import Tower
+
+__all__ = ["Event", "Job", "Loop"]
+
+
+@dataclass(eq=False)
+class Job(Sequence):
+    """A :class:`~.scheduler.Sequence` with how it is answered.
+
+    Attributes:
+        config: a :class:`~..generation.GenerationConfig`; ``max_new_tokens`` is cut to what the context has room for.
+        stream: which of several answers with one seed this is.
+        skip_special_tokens, strip, cuts: of the text, as :class:`~..generation.TextStream` takes them.
+        answer: ids of the answer so far, without the one that ends it.
+        image_hits: pictures whose features were there already.
+    """
+
+    config: GenerationConfig = None
+    stream: int = 0
+    skip_special_tokens: bool = True
+    strip: bool = True
+    cuts: bool = True
+    answer: list = field(default_factory=list)
+    chooser: Chooser = None
+    text: TextStream = None
+    image_hits: int | None = None
+    started: float | None = None  # the caller's, when it first ran
+
+
+@dataclass
+class Event:
+    """What one turn did to a job: ``piece`` of text that became certain, the ``choice`` that was made (None for the end token),
+    and why it ended: ``stop``, ``length``, ``error`` with ``error``, or None while it goes on."""
+
+    job: Job
+    piece: str
+    choice: Choice | None
+    reason: str | None = None
+    error: UserError | None = None
+
+
+def chunk_size(language_model):
+    """Tokens of a prompt at once: few enough that others do not wait long, many enough that the weights pay."""
+    large = count_parameters(language_model) > 100_000_000
+    return 64 if large and device.is_cpu() else 512
+
+
+class Loop:
+    """Decodes many sequences with one model.
+
+    Args:
+        model: an ``InternVLChatModel`` whose tokenizer is set.
+        tokenizer: from ``load_tokenizer``.
+        positions: of the cache, in all; at least what one job takes.
+        max_seqs: how many sequences run at once.
+        page_size: positions a page.
+        chunk: tokens of a prompt at once, a multiple of the page size; None for :func:`chunk_size`.
+        image_cache: bytes of features of pictures to keep for later.
+        vision_adapters: attached adapters that are of the vision tower too.
+    """
+
+    def __init__(self, model, tokenizer, positions, max_seqs=16, page_size=16, chunk=None, image_cache=0, vision_adapters=()):
+        self.model, self.tokenizer = model, tokenizer
+        self.table = PageTable(1 + -(-positions // page_size), page_size)
+        self.scheduler = Scheduler(self.table, max_seqs, chunk or chunk_size(model.language_model))
+        self.stepper = Stepper(model.language_model, self.table, model.language_model.embed(paddle.to_tensor([0])).dtype)
+        self.tower = Tower(model, image_cache, vision_adapters)
+        self._turn = 0
+
+    @property
+    def positions(self):
+        """Positions that the cache holds."""
+        return (self.table.pages - 1) * self.table.page_size
+
+    @property
+    def is_busy(self):
+        """Whether a job waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    def make_job(self, ids, config, pictures=(), **more):
+        """A job for the prompt ``ids``, with ``max_new_tokens`` cut to the room that is left.
+
+        Raises:
+            PromptError: the prompt leaves no room.
+        """
+        limit = min(self.model.config.llm_config.context_length, self.positions)
+        if len(ids) >= limit:
+            raise PromptError(
+                f"the prompt has {len(ids)} tokens but the model's context is {limit}: "
+                "use fewer tiles (--max_num), fewer pictures, or a shorter text"
+            )
+        config = GenerationConfig.of(config, max_new_tokens=min(config.max_new_tokens, limit - len(ids)))
+        variant = self.model.language_model.model.rope.variant(len(ids))
+        variant = None if isinstance(variant, int) else str(variant)
+        return Job(list(ids), len(ids), list(pictures), variant=variant, config=config, **more)
+
+    def add(self, job):
+        """Let a job wait for its turn."""
+        job.chooser = Chooser(job.config, job.stream)
+        job.text = TextStream(self.tokenizer, job.config.stop_strings, job.cuts, job.skip_special_tokens, job.strip)
+        self.scheduler.add(job)
+
+    def remove(self, job):
+        """Forget a job: it was answered, or nobody wants the answer any more."""
+        self.scheduler.remove(job)
+        self.tower.release(job)
+
+    def step(self):
+        """One turn; a list of :class:`Event`."""
+        plan = self.scheduler.plan(self.tower.has)
+        events = []
+        for job in plan.admitted:
+            try:
+                hits = self.tower.want(job)
+            except UserError as error:
+                events.append(self._fail(job, error))
+                continue
+            job.image_hits = hits if job.image_hits is None else job.image_hits
+        if plan.decode:
+            logits = self.stepper.decode(plan.decode)
+            for job in plan.decode:
+                self.scheduler.advanced(job, 1)
+            events += self._choose(plan.decode, logits)
+        self._turn += 1
+        chunk = plan.chunk if plan.chunk and not plan.chunk[0].ended else None
+        if chunk is not None and not (self.tower.is_busy and self._turn % 2):
+            events += self._prefill(*chunk)
+        elif self.tower.is_busy:
+            self.tower.slice()
+        return events
+
+    def _prefill(self, job, count):
+        features = self.tower.features(job, count)
+        logits = self.stepper.prefill(job, count, features)
+        self.scheduler.advanced(job, count)
+        if job.computed < len(job.tokens):
+            return []
+        self.tower.release(job)
+        return self._choose([job], logits)
+
+    def _choose(self, jobs, logits):
+        """Append the next token to each job, and tell what came of it."""
+        plain = [job.chooser.is_plain(len(job.answer)) for job in jobs]
+        likeliest = paddle.argmax(logits, axis=-1).numpy() if any(plain) else None
+        scores = None if all(plain) else logits.astype("float32").numpy()
+        events = []
+        for row, job in enumerate(jobs):
+            try:
+                choice = Choice(int(likeliest[row])) if plain[row] else job.chooser(scores[row].copy(), job.answer)
+                events.append(self._take(job, choice))
+            except UserError as error:
+                events.append(self._fail(job, error))
+        return events
+
+    def _fail(self, job, error):
+        self.remove(job)
+        return Event(job, "", None, "error", error)
+
+    def _take(self, job, choice):
+        reason, ends = None, choice.token in job.config.eos_token_ids
+        complete = job.chooser.matcher is not None and job.chooser.matcher.complete
+        piece = ""
+        if not (ends or (complete and choice.token == job.chooser.matcher.stop)):
+            job.tokens.append(choice.token)
+            job.answer.append(choice.token)
+            piece = job.text.put(choice.token)
+            if job.text.stopped or complete:
+                reason = "stop"
+            elif len(job.answer) >= job.config.max_new_tokens:
+                reason = "length"
+        else:
+            reason, choice = "stop", None
+        if reason:
+            piece += job.text.close()
+            self.remove(job)
+        return Event(job, piece, choice, reason)
+
+
+def bytes_per_position(model):
+    """Memory of the cache for one position, in bytes."""
+    dtype = model.language_model.embed(paddle.to_tensor([0])).dtype
+    size = 4 if device.is_cpu() else np.dtype("float32").itemsize // (1 if dtype == paddle.float32 else 2)
+    return PagedCache.bytes_per_position(model.config.llm_config, size)
+
+
+def positions_for(lengths, page_size=16):
+    """Positions that a cache needs for rows of these lengths at once."""
+    return sum(math.ceil(length / page_size) for length in lengths) * page_size

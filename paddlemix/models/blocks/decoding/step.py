@@ -1,0 +1,143 @@
+"""The model's part of decoding many: keys and values in pages, and one step for a list of sequences.
+
+A step goes through the same decoder as everything else, with a :class:`PagesView` in the place of its
+:class:`~..language.KVCache`: what is asked of a cache is ``reserve(count)``, ``length`` (positions that the rows see),
+``rotary_lengths`` (of whole sequences, which decide the scaling of rotary positions), and
+``append(layer, k, v)``, which stores the new positions and returns all that the queries see.
+
+Rows are computed in numbers that are multiples of 16, filled up with rows that nobody reads: matrix products choose their way
+of adding by that number, and an answer must not depend on who else is there.
+"""
+
+import numpy as np
+import paddle
+
+from paddlemix import device
+
+from ..layers import AttentionMask, take_rows
+from .routing import routed
+
+__all__ = ["ROWS", "PagedCache", "PagesView", "Stepper"]
+
+ROWS = 16
+
+
+class PagedCache:
+    """Keys and values of every layer for ``slots`` positions, ``[slots, K, D]`` each, in the order of the pages.
+
+    On CPU in float32, where nothing else can be stored by position; attention rounds to its own dtype anyway.
+    """
+
+    def __init__(self, config, slots, dtype):
+        shape = [slots, config.num_key_value_heads, config.head_dim]
+        dtype = "float32" if device.is_cpu() else dtype
+        self.keys = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
+        self.values = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
+
+    @staticmethod
+    def bytes_per_position(config, itemsize=4):
+        """Memory that one position takes, in bytes."""
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+
+
+class PagesView:
+    """The part of a :class:`PagedCache` that one forward pass reads and writes.
+
+    Args:
+        cache: the whole.
+        new: slots of the new positions, ``[B * N]``.
+        seen: slots of all positions that the rows see, ``[B, S]``, the new ones last.
+        length: for each new token how long its sequence is, ``[B, N]``.
+    """
+
+    is_paged = True
+
+    def __init__(self, cache, new, seen, length):
+        self.rotary_lengths, self.length = length, seen.shape[1]
+        self._cache, self._shape = cache, list(seen.shape)
+        self._new, self._seen = paddle.to_tensor(new), paddle.to_tensor(seen.reshape(-1))
+
+    def reserve(self, count):
+        """Nothing to do: the slots are known."""
+
+    def append(self, layer, k, v):
+        """Write ``k, v [B, N, K, D]``; return what the rows see, ``[B, S, K, D]`` each."""
+        out = []
+        for store, new in ((self._cache.keys[layer], k), (self._cache.values[layer], v)):
+            new = new.astype(store.dtype) if new.dtype != store.dtype else new
+            paddle.scatter_(store, self._new, new.reshape([-1, *store.shape[1:]]), overwrite=True)
+            seen = paddle.gather(store, self._seen)
+            seen = seen.astype(k.dtype) if k.dtype != store.dtype else seen
+            out.append(seen.reshape([*self._shape, *store.shape[1:]]))
+        return out
+
+
+class Stepper:
+    """Runs sequences through a language model.
+
+    Args:
+        language_model: a :class:`~..language.LanguageModel`, fused or not.
+        table: the :class:`~.pages.PageTable` of their pages.
+        dtype: of embeddings, and of the cache where the device stores it.
+    """
+
+    def __init__(self, language_model, table, dtype="float32"):
+        self.model, self.table, self.dtype = language_model, table, dtype
+        self.cache = PagedCache(language_model.config, table.pages * table.page_size, dtype)
+
+    def _slots(self, sequence, first, last):
+        positions = np.arange(first, last)
+        size = self.table.page_size
+        return np.asarray(sequence.pages, "int64")[positions // size] * size + positions % size
+
+    @paddle.no_grad()
+    def decode(self, sequences):
+        """Compute the last token of each sequence; the logits that follow it, ``[len(sequences), V]``."""
+        rows = -(-len(sequences) // ROWS) * ROWS
+        longest = max(len(s.tokens) for s in sequences)
+        seen = np.zeros([rows, longest], "int64")
+        starts = np.full(rows, longest - 1)
+        ids, positions = np.zeros([rows, 1], "int64"), np.zeros([rows, 1], "int64")
+        lengths = np.ones([rows, 1], "int64")
+        for row, sequence in enumerate(sequences):
+            length = len(sequence.tokens)
+            starts[row] = longest - length
+            seen[row, starts[row] :] = self._slots(sequence, 0, length)
+            ids[row], positions[row] = sequence.tokens[-1], length - 1
+            lengths[row] = max(length, sequence.prompt)
+        view = PagesView(self.cache, seen[:, -1], seen, lengths)
+        with routed([s.adapter for s in sequences], rows):
+            embeds = self.model.embed(paddle.to_tensor(ids)).astype(self.dtype)
+            hidden = self.model(embeds, positions, AttentionMask(starts), view)
+            return self.model.lm_head(hidden[:, -1])[: len(sequences)]
+
+    @paddle.no_grad()
+    def prefill(self, sequence, count, features=None):
+        """Compute the next ``count`` tokens of a sequence.
+
+        Args:
+            sequence: whose pages have room for them.
+            count: number of tokens.
+            features: (their places among these tokens, ``[R, D]``) for context tokens of pictures, or None.
+
+        Returns:
+            Logits ``[1, V]`` after the last of them.
+        """
+        first, last = sequence.computed, sequence.computed + count
+        filled = -(-count // ROWS) * ROWS
+        ids, positions = np.zeros([1, filled], "int64"), np.zeros([1, filled], "int64")
+        ids[0, :count] = sequence.tokens[first:last]
+        positions[0, :count] = np.arange(first, last)
+        slots = np.zeros(last + filled - count, "int64")
+        slots[:last] = self._slots(sequence, 0, last)
+        lengths = np.maximum(positions + 1, sequence.prompt)
+        view = PagesView(self.cache, slots[first:], slots[None], lengths)
+        with routed([sequence.adapter], None):
+            embeds = self.model.embed(paddle.to_tensor(ids)).astype(self.dtype)
+            if features is not None:
+                places, values = features
+                flat = embeds.reshape([-1, embeds.shape[-1]])
+                flat = paddle.scatter(flat, paddle.to_tensor(places), values.astype(flat.dtype), overwrite=True)
+                embeds = flat.reshape(embeds.shape)
+            hidden = self.model(embeds, positions, AttentionMask(), view)
+            return self.model.lm_head(take_rows(hidden[0], [count - 1] * ROWS))[:1]
