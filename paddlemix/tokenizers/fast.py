@@ -7,6 +7,7 @@ import tokenizers
 from paddlemix.errors import TokenizerError
 
 from .base import Tokenizer, clean_up
+from .patterns import check_patterns
 from .qwen2 import Qwen2Tokenizer
 from .slow import SentencePieceTokenizer
 from .sources import FAST_FILE, added_token, content_of
@@ -23,6 +24,7 @@ class FastTokenizer(Tokenizer):
     NAME = "PreTrainedTokenizerFast"
 
     def __init__(self, source, kind=None):
+        check_patterns(source.json(FAST_FILE), source.path(FAST_FILE))
         try:
             self._model = tokenizers.Tokenizer.from_str(source.files[FAST_FILE].decode("utf-8"))
         except Exception as error:  # the library raises nothing narrower

@@ -1,13 +1,13 @@
 """The tokenizer files of a checkpoint, and what they say of special and added tokens."""
 
 import dataclasses
-import json
 import os
 import re
 
 from tokenizers import AddedToken
 
 from paddlemix.errors import TokenizerError
+from paddlemix.files import parse_json, read_regular
 
 CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FAST_FILE, MODEL_FILE, VOCAB_FILE, MERGES_FILE = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
@@ -16,6 +16,7 @@ REMOTE_CODE = re.compile(r"tokenization_\w+\.py")  # carried along for the origi
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE = "additional_special_tokens"
 FLAGS = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+MOST_BYTES = 256 << 20  # of a file; published ones have up to 30 MB
 NO_LIMIT = int(1e30)  # model_max_length of a checkpoint that states none, as in the original
 SPACE = "▁"  # how sentencepiece writes a space
 
@@ -56,8 +57,7 @@ class Source:
         for name in sorted(os.listdir(directory)):
             if name in FILES or REMOTE_CODE.fullmatch(name):
                 try:
-                    with open(source.path(name), "rb") as file:
-                        source.files[name] = file.read()
+                    source.files[name] = read_regular(source.path(name), MOST_BYTES)
                 except OSError as error:
                     raise TokenizerError(f"{source.path(name)} cannot be read: {error.strerror}") from None
         if CONFIG_FILE in source.files:
@@ -69,13 +69,7 @@ class Source:
 
     def json(self, name):
         """The JSON object in a file."""
-        try:
-            value = json.loads(self.files[name].decode("utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise TokenizerError(f"{self.path(name)} is not valid JSON ({error}): download or copy it again") from None
-        if not isinstance(value, dict):
-            raise TokenizerError(f"{self.path(name)} holds no JSON object: download or copy it again")
-        return value
+        return parse_json(self.files[name], self.path(name), TokenizerError)
 
     def why_unusable(self, name, kinds):
         """What keeps these files from being a tokenizer, in one sentence."""

@@ -371,7 +371,7 @@ def cut(name, fraction):
         ("qwen2", broken("tokenizer_config.json", content=b"\xff\xfe{}"), "tokenizer_config.json is not valid JSON"),
         ("qwen2", broken("tokenizer_config.json", content=b"[]"), "tokenizer_config.json holds no JSON object"),
         ("qwen2", broken("vocab.json"), "vocab.json is not valid JSON"),
-        ("qwen2", broken("tokenizer.json", without=["vocab.json", "merges.txt"]), "tokenizer.json is no tokenizer"),
+        ("qwen2", broken("tokenizer.json", without=["vocab.json", "merges.txt"]), "tokenizer.json is not valid JSON"),
         ("qwen2", cut("merges.txt", 0.501), "vocab.json and merges.txt do not fit together"),
         ("qwen2", broken("merges.txt", content=b"#version: 0.2\nnot there\n"), "do not fit together"),
         ("qwen2", broken(without=["tokenizer.json", "merges.txt"]), "merges.txt is missing"),
