@@ -20,6 +20,7 @@ from paddlemix.processors.image import picture_formats
 VIDEO_PLACEHOLDER = "<video>"
 _KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 _ROLES = ("system", "human", "gpt")
+_MESSAGE_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,8 @@ def parse_record(line, root=""):
         DataError: what is wrong, without saying where.
     """
     record = load_object(line)
+    if "messages" in record:
+        record = _from_messages(record)
     conversations = _conversations(record.get("conversations"))
     images, video = _images(record.get("image")), record.get("video") or None
     if video is not None and not isinstance(video, str):
@@ -285,6 +288,59 @@ def _source(name, entry, path, parse=None):
 def _resolve(path, folder):
     beside = os.path.join(folder, path)
     return beside if not os.path.exists(path) and os.path.exists(beside) else path
+
+
+def _from_messages(record):
+    """A record in messages form, as other trainers read it, in the form of conversations."""
+    extra = next((key for key in ("conversations", "image", "video") if key in record), None)
+    if extra:
+        raise DataError(f"has both 'messages' and '{extra}': with messages, pictures are 'images' and a video is in 'videos'")
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        raise DataError("needs 'messages', a list of messages with 'role' and 'content'")
+    named = {"image": [], "video": []}
+    turns = []
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or role not in _MESSAGE_ROLES:
+            raise DataError(f"message {i + 1} must have 'role' (one of {', '.join(_MESSAGE_ROLES)}) and 'content'")
+        turns.append({"from": _MESSAGE_ROLES[role], "value": _content(message.get("content"), i, named)})
+    for kind, key in (("image", "images"), ("video", "videos")):
+        paths = _paths(record.get(key), key)
+        if paths and named[kind]:
+            raise DataError(f"names {kind}s both in '{key}' and in its messages: name each once")
+        named[kind] = paths or named[kind]
+    if len(named["video"]) > 1:
+        raise DataError(f"has {len(named['video'])} videos: a sample can hold one video")
+    return {**record, "conversations": turns, "image": named["image"], "video": (named["video"] or [None])[0]}
+
+
+def _content(content, number, named):
+    """The text of a message with marks for its pictures; paths that its parts name join those ``named``."""
+    parts = [content] if isinstance(content, str) else content
+    if not isinstance(parts, list):
+        raise DataError(f"message {number + 1} needs 'content', a text or a list of parts")
+    texts = []
+    for part in parts:
+        kind = "text" if isinstance(part, str) else part.get("type") if isinstance(part, dict) else None
+        text = part if isinstance(part, str) else part.get("text") if kind == "text" else None
+        if isinstance(text, str):
+            texts.append(text)
+        elif kind in named:
+            texts.append({"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind])
+            path = next((part[key] for key in (kind, "path") if part.get(key)), None)
+            if path is not None:
+                named[kind] += _paths([path], f"message {number + 1}")
+        else:
+            raise DataError(f"message {number + 1} has a part that is not of type text, image or video: {_describe(part)}")
+    return "".join(texts)
+
+
+def _paths(values, key):
+    values = [values] if isinstance(values, str) else values or []
+    if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+        raise DataError(f"'{key}' must be a list of paths")
+    return values
 
 
 def _conversations(turns):

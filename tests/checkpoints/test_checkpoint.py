@@ -858,3 +858,23 @@ def test_loading_peaks_below_the_model_and_one_shard(tmp_path):
     assert result.returncode == 0, result.stderr
     model = sum(math.prod(shape) for shape in shapes.values()) * 4
     assert 0.9 * model < int(result.stdout.split()[-1]) < model + 40e6
+
+
+@pytest.mark.parametrize("sign", ["config", "part", "tensor"])
+def test_quantised_checkpoints_are_named(tmp_path, sign):
+    """Also where the names and shapes of what is in them fit."""
+    folder = tmp_path / "awq"
+    shutil.copytree(REFERENCE / "qwen2" / "checkpoint", folder)
+    config = json.loads((folder / "config.json").read_text())
+    told = "quantization_config of method awq"
+    if sign == "tensor":
+        from safetensors.numpy import save_file
+
+        weights = {"language_model.model.layers.0.mlp.up_proj.qweight": np.zeros([4, 4], "float32")}
+        save_file(weights, folder / "model.safetensors")
+        told = "it has language_model.model.layers.0.mlp.up_proj.qweight"
+    else:
+        (config if sign == "config" else config["llm_config"])["quantization_config"] = {"quant_method": "awq", "bits": 4}
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"quantised checkpoint.*{told}.*original"):
+        InternVLChatModel.from_pretrained(str(folder))

@@ -218,3 +218,30 @@ def test_masks_agree_with_their_definition():
             for key in range(5):
                 allowed = key <= query and key >= start and mask.segments[row, key] == mask.segments[row, query]
                 assert (bias[row, i, key] == 0) == allowed
+
+
+def test_none_is_the_default_and_what_happens_anyway_is_accepted():
+    given = dict.fromkeys(GenerationConfig.__dataclass_fields__)
+    assert GenerationConfig.of(given | {"use_cache": True, "return_dict_in_generate": False}) == GenerationConfig()
+    assert GenerationConfig(top_p=None, do_sample=False) == GenerationConfig()
+    assert GenerationConfig.of({"max_length": 20, "max_new_tokens": 7}).max_length is None  # as the original
+    for name, value in {"return_dict_in_generate": True, "no_repeat_ngram_size": 3, "penalty_alpha": 0.6}.items():
+        with pytest.raises(PromptError, match=name):
+            GenerationConfig.of({name: value})
+
+
+def test_lengths_of_prompt_and_answer_together():
+    model, ids = load_reference("qwen2").model, np.arange(5, 25)[None]
+    assert model.generate(None, ids, max_length=26).shape == [1, 6]
+    first = model.generate(None, ids, max_new_tokens=1).numpy()[0, 0]
+    stopped = model.generate(None, ids, max_length=30, eos_token_id=int(first))
+    assert stopped.shape == [1, 1]
+    assert model.generate(None, ids, max_length=30, min_length=24, eos_token_id=int(first)).shape[1] >= 4
+    with pytest.raises(PromptError, match="max_length is 20, but the prompt alone has 20"):
+        model.generate(None, ids, max_length=20)
+
+
+def test_min_p_leaves_out_the_unlikely():
+    logits = paddle.to_tensor(np.log(np.array([[0.5, 0.3, 0.15, 0.05]], "float32")))
+    draw = Sampler(GenerationConfig(do_sample=True, min_p=0.5, seed=1))
+    assert {int(draw(logits, [[]])[0]) for _ in range(200)} == {0, 1}
