@@ -99,7 +99,12 @@ def open_weight_file(path):
     Raises:
         CheckpointError: the file is missing, damaged, cut short, or a pickle with anything but tensors in it.
     """
-    readers = {".safetensors": read_safetensors, ".bin": read_torch_pickle, ".pdparams": read_paddle_pickle}
+    readers = {
+        ".safetensors": read_safetensors,
+        ".bin": read_torch_pickle,
+        ".pth": read_torch_pickle,
+        ".pdparams": read_paddle_pickle,
+    }
     if os.path.splitext(path)[1] not in readers:
         raise CheckpointError(f"{path} is not a known kind of weight file: {', '.join(readers)} are")
     with contextlib.ExitStack() as stack:

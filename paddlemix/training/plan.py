@@ -55,12 +55,31 @@ _PUBLISHED = {
     "InternVL2_5-38B": (_VIT_6B, "Qwen2", 5120, 64, 40, 8, 27648, 151674),
     "InternVL2_5-78B": (_VIT_6B, "Qwen2", 8192, 80, 64, 8, 29568, 151674),
 }
+# Earlier models, and what each is put together from: (vision tower, language model).
+_EARLIER = {
+    "InternVL-Chat-V1-2": (_VIT_6B, "Llama", 7168, 60, 56, 8, 20480, 64009),
+    "InternVL-Chat-V1-5": (_VIT_6B, "InternLM2", 6144, 48, 48, 8, 16384, 92553),
+    "Mini-InternVL-Chat-2B-V1-5": (_VIT_300M, "InternLM2", 2048, 24, 16, 8, 8192, 92553),
+    "Mini-InternVL-Chat-4B-V1-5": (_VIT_300M, "Phi3", 3072, 32, 32, 32, 8192, 32020),
+}
+_EARLIER["InternVL-Chat-V1-2-Plus"] = _EARLIER["InternVL-Chat-V1-2"]
+# By the name of a language model, or of what a script of theirs writes.
+_PARTS = {
+    "nous-hermes-2-yi-34b": "InternVL-Chat-V1-2",
+    "internlm2-chat-20b": "InternVL-Chat-V1-5",
+    "internlm2-chat-1_8b": "Mini-InternVL-Chat-2B-V1-5",
+    "phi-3-mini-128k-instruct": "Mini-InternVL-Chat-4B-V1-5",
+    "internvl_chat_v1_5_hermes2_yi34b_dynamic_res_pretrain": "InternVL-Chat-V1-2",
+    "internvl_chat_v1_5_internlm2_20b_dynamic_res_pretrain": "InternVL-Chat-V1-5",
+    "internvl_chat_v1_5_internlm2_1_8b_dynamic_res_pretrain": "Mini-InternVL-Chat-2B-V1-5",
+    "internvl_chat_v1_5_phi3_3_8b_dynamic_res_pretrain": "Mini-InternVL-Chat-4B-V1-5",
+}
 PUBLISHED = tuple(_PUBLISHED)
 
 
 def published_config(name):
-    """Sizes of a published model, as a configuration; ``name`` is one of :data:`PUBLISHED`."""
-    vision, family, hidden, layers, heads, kv_heads, mlp, vocabulary = _PUBLISHED[name]
+    """Sizes of a published model, as a configuration; ``name`` is one of :data:`PUBLISHED`, or an earlier one."""
+    vision, family, hidden, layers, heads, kv_heads, mlp, vocabulary = {**_PUBLISHED, **_EARLIER}[name]
     llm = {
         "architectures": [f"{family}ForCausalLM"],
         "hidden_size": hidden,
@@ -483,11 +502,13 @@ def read_config(model_args):
     """
     from paddlemix.checkpoints.hub import resolve
 
-    if model_args.model_name_or_path is None:
+    whole = model_args.model_name_or_path
+    name = os.path.basename(os.path.normpath(whole or model_args.llm_path))
+    known = _PARTS.get(name.lower(), name)
+    if not os.path.isdir(whole or model_args.llm_path) and known in {**_PUBLISHED, **_EARLIER}:
+        return published_config(known)
+    if whole is None:
         raise ConfigError("the plan needs a whole model: set --model_name_or_path")
-    name = os.path.basename(os.path.normpath(model_args.model_name_or_path))
-    if not os.path.isdir(model_args.model_name_or_path) and name in PUBLISHED:
-        return published_config(name)
     return InternVLChatConfig.from_pretrained(resolve(model_args.model_name_or_path))
 
 
