@@ -73,7 +73,8 @@ class Checkpoint:
         self._fingerprints, found = _scan(directory)
         only = getattr(config, "reads_only", "")  # a tower can be read from the file of a whole model
         found = {name: location for name, location in found.items() if name.startswith(only)}
-        in_hf, self.config, self._table = is_hf(found), config, ()
+        # Names of LLaVA's own begin like those of transformers' layout of other models.
+        in_hf, self.config, self._table = getattr(config, "has_hf_layout", True) and is_hf(found), config, ()
         if in_hf:
             found = normalised(directory, found)
             self._table = "hf", any(map(STACKED.fullmatch, found))

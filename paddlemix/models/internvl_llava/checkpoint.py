@@ -8,7 +8,7 @@ files tell which. The tower is the copy in a whole checkpoint, or in a folder of
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -67,9 +67,12 @@ def _projector(config):
 class Part:
     """A part of a model's weights; :class:`~paddlemix.checkpoints.checkpoint.Checkpoint` takes it for a configuration."""
 
+    has_hf_layout = False
+
     table: list
     reads_only: tuple
     llm_config: object = None
+    extra: dict = field(default_factory=dict)
 
     def weight_table(self):
         """The entries."""
@@ -83,7 +86,7 @@ def part(config, *prefixes):
     """
     table = [weight for weight in weight_table(config) if weight.name.startswith(prefixes)]
     found = [_LANGUAGE if prefix == "language_model." else (_PUBLISHED[prefix],) for prefix in prefixes]
-    return Part(table, sum(found, ()), config.llm_config if "language_model." in prefixes else None)
+    return Part(table, sum(found, ()), config.llm_config if "language_model." in prefixes else None, config.extra)
 
 
 # ---------------------------------------------------------------------- the tower

@@ -41,6 +41,7 @@ class LlavaConfig(Config):
     """
 
     # What every chat model says of its pictures: here each is one tile, and all its patches are kept.
+    has_hf_layout = False
     downsample_ratio = 1.0
     template = "vicuna_v1"
     system_message = None
