@@ -1,4 +1,4 @@
-"""How good a model is: scores of retrieval and of classification without training.
+"""How good a model is: benchmarks of chat models, retrieval, and classification without training.
 
 Names are loaded when they are first used.
 """
@@ -6,7 +6,9 @@ Names are loaded when they are first used.
 import importlib
 
 _HOME = {
+    "TASKS": "paddlemix.evaluation.tasks",
     "retrieval_recalls": "paddlemix.evaluation.retrieval",
+    "score": "paddlemix.evaluation.tasks",
     "zero_shot_weights": "paddlemix.evaluation.zero_shot",
 }
 __all__ = sorted(_HOME)
