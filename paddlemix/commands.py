@@ -34,6 +34,7 @@ COMMANDS = {
         "plan": Command("paddlemix.training.plan", "how much memory a fine-tuning run takes"),
     },
     "Measure": {
+        "evaluate": Command("paddlemix.examples.internvl2.evaluate", "score a model on the benchmarks of the original", "eval"),
         "zero-shot": Command("paddlemix.examples.internvl.zero_shot_classification", "classify pictures by class names"),
         "retrieval": Command("paddlemix.examples.internvl.retrieval", "how well texts and pictures find each other"),
         "video-retrieval": Command("paddlemix.examples.internvl.video_retrieval", "how well texts and clips find each other"),

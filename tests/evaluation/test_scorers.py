@@ -112,10 +112,11 @@ ROWS = {
     "captions": {"captions": ["a cat", "the cat"]},
     "llava_bench": {"category": "conv"},
 }
-ROWS |= {name: ROWS["letter"] for name in ("scienceqa", "mmvp")} | {"mmhal": {}, "judged": {}}
+ROWS |= dict.fromkeys(("scienceqa", "mmvp"), ROWS["letter"]) | {"mmhal": {}, "judged": {}}
 ROWS |= {name: {"answers": ["1.5", "yes"]} for name in ("anls", "relaxed", "exact", "gqa", "contains")}
 
 
+@pytest.mark.medium
 @pytest.mark.parametrize("name", NAMES)
 @given(
     answer=st.one_of(
