@@ -110,9 +110,10 @@ def open_weight_file(path):
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open_regular(path))
+            start = file.read(24)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-        if file.read(24) == b"version https://git-lfs.":
+        if start == b"version https://git-lfs.":
             raise CheckpointError(f"{path} is a Git LFS pointer without the weights: run `git lfs pull` in its directory")
         file.seek(0)
         yield readers[os.path.splitext(path)[1]](file)
