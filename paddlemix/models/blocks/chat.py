@@ -44,7 +44,8 @@ class ChatSession:
         self.history = [tuple(turn) for turn in history or []]
         self.cached_tokens = 0
         self.answers, self.marked_answer = [], ""
-        self._features = []  # of each picture, [tiles * num_image_token, D]
+        self._features = []  # of each picture, [tiles * num_image_token, D], or RoutedTiles where tiles may be compact
+        self._compact = np.zeros(0, bool)
         self._cache, self._ids = None, []  # keys and values, and the token ids that they belong to
 
     @property
@@ -78,13 +79,20 @@ class ChatSession:
         pixel_values, counts = split_pictures(pixel_values, num_patches_list)
         question = _mark_picture(question, self.history, counts)
         per_tile = self.model.config.num_image_token
-        known = [f.shape[0] for f in self._features]
-        counted = known + [tiles * per_tile for tiles in counts]
+        if self.model.routes:
+            pictures = self._features + self._features_of(pixel_values, counts)
+            features, compact = self.model.settled(pictures)
+            counted = [f.shape[0] for f in features]
+            if not np.array_equal(compact[: len(self._compact)], self._compact):
+                self._ids = []  # an earlier tile changes its size: what is cached holds another form of it
+        else:
+            counted = [f.shape[0] for f in self._features] + [tiles * per_tile for tiles in counts]
         ids = self.model.prompt_ids(self.tokenizer, self.template, [*self.history, (question, None)], counted)
         config = end_of_answer(generation_config, self.template, self.tokenizer, self.model)
         config = self.model.fit_context(config, len(ids))
 
-        features = self._features + self._features_of(pixel_values, counts)
+        if not self.model.routes:
+            pictures = features = self._features + self._features_of(pixel_values, counts)
         if config.num_beams > 1:
             found = self._generate(ids, features, config)
             answers = _beam_answers(self.tokenizer, np.stack(list(found)).T, config, self.template)
@@ -106,7 +114,9 @@ class ChatSession:
             if pieces[-1]:
                 yield pieces[-1]
             self.answers = ["".join(pieces)]
-        self._features = features
+        self._features = pictures
+        if self.model.routes:
+            self._compact = compact
         self.history.append((question, self.answers[0]))
         self.marked_answer = self.tokenizer.decode(tokens)
 
@@ -115,7 +125,7 @@ class ChatSession:
         that this has room for."""
         cache, layers = self._cache, self.model.config.llm_config.num_hidden_layers
         return {
-            "features": sum(map(_bytes, self._features)),
+            "features": sum(_bytes(f.fine) + _bytes(f.coarse) if self.model.routes else _bytes(f) for f in self._features),
             "kv_cache": 0 if cache is None else sum(_bytes(store) for i in range(layers) for store in cache.stores(i)),
             "positions": 0 if cache is None else cache.capacity,
         }
@@ -124,6 +134,8 @@ class ChatSession:
     def _features_of(self, pixel_values, counts):
         if not counts:
             return []
+        if self.model.routes:
+            return self.model.routed_tiles(pixel_values).split(counts)
         features = self.model.extract_feature(pixel_values)
         parts = np.cumsum([0, *counts])
         return [features[a:b].reshape([-1, features.shape[-1]]) for a, b in zip(parts, parts[1:])]
@@ -167,7 +179,7 @@ class ChatSession:
         if variant(len(held)) != variant(len(ids)) or isinstance(variant(len(ids)), int):
             return 0
         common = next((i for i, (a, b) in enumerate(zip(held, ids)) if a != b), min(len(held), len(ids)))
-        return min(common, len(ids) - 1)
+        return self._cache.reusable(min(common, len(ids) - 1))
 
 
 @paddle.no_grad()
@@ -224,11 +236,15 @@ def batch_chat(
     pixel_values, _ = split_pictures(pixel_values, [n for row in counts for n in row])
 
     questions = list(questions)
-    prompts = []
+    prompts, features, routed = [], None, None
+    if model.routes and any(map(any, counts)):
+        tiles = model.routed_tiles(pixel_values).split([sum(row) for row in counts])
+        routed = [model.settled(picture.split(row))[0] for picture, row in zip(tiles, counts)]  # each row by itself
+        features = paddle.concat([part for row in routed for part in row])
     for i, (turns, tiles) in enumerate(zip(histories, counts)):
         questions[i] = _mark_picture(questions[i], turns, tiles)
         try:
-            counted = [n * model.config.num_image_token for n in tiles]
+            counted = [f.shape[0] for f in routed[i]] if routed else [n * model.config.num_image_token for n in tiles]
             prompts.append(model.prompt_ids(tokenizer, template, [*turns, (questions[i], None)], counted))
         except PromptError as error:
             raise PromptError(f"question {i + 1}: {error}") from None
@@ -236,8 +252,8 @@ def batch_chat(
     config = end_of_answer(generation_config, template, tokenizer, model)
     config = model.fit_context(config, max(map(len, prompts)))
     in_pages = config.num_beams == 1 and model.decodes_in_pages
-    run = _answers_in_pages if in_pages else _answers_of_rows
-    answers = run(model, tokenizer, pixel_values, prompts, counts, config, template)
+    given = (model, tokenizer, pixel_values, prompts, counts, config, template)
+    answers = _answers_in_pages(*given) if in_pages and not model.routes else _answers_of_rows(*given, features)
     best = [row[0] for row in answers]
     answers = answers if config.num_return_sequences > 1 else best
     histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, best)]
@@ -263,13 +279,14 @@ def _answers_in_pages(model, tokenizer, pixel_values, prompts, counts, config, t
     return [[answer] for answer in answers.values()]
 
 
-def _answers_of_rows(model, tokenizer, pixel_values, prompts, counts, config, template):
+def _answers_of_rows(model, tokenizer, pixel_values, prompts, counts, config, template, features=None):
     """Answers of rows that are padded on the left to one length, a list for each row."""
     width = max(map(len, prompts))
     starts = np.array([width - len(p) for p in prompts])
     filler = config.eos_token_ids[0]  # never seen: attention starts behind it
     ids = np.array([[filler] * start + prompt for start, prompt in zip(starts, prompts)], dtype="int64")
-    features = model.extract_feature(pixel_values) if any(counts) else None
+    if features is None and any(counts):
+        features = model.extract_feature(pixel_values)
     features = None if features is None else features.reshape([-1, features.shape[-1]])
 
     steps = generate_tokens(model.language_model, model.embed(ids, features), config, starts)

@@ -38,6 +38,7 @@ class ChatModel(nn.Layer):
     # Tiles that go through the vision tower at once without gradients; more cost memory and save no time on CPU.
     vision_batch = 4
     system_message = None  # who the model is told to be, in place of what config.json or the template say; '' for nobody
+    routes = False  # whether tiles may take a form of fewer tokens, by what else is in the prompt
     packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
     decodes_in_pages = False  # whether :mod:`~.decoding` knows how its pictures go into its prompts
     source = None  # the Checkpoint that the weights were loaded from
@@ -233,6 +234,8 @@ class ChatModel(nn.Layer):
         config = GenerationConfig.of(generation_config, **options)
         ids = self._token_ids(input_ids)
         mask, starts = padding_mask(attention_mask, ids.shape), None
+        if self.routes and visual_features is None and pixel_values is not None:
+            return self._generate_routed(pixel_values, ids, mask, config)
         if visual_features is None and pixel_values is not None:
             visual_features = self.extract_feature(pixel_values)
         features = None if visual_features is None else self._flat_features(visual_features)
@@ -245,6 +248,36 @@ class ChatModel(nn.Layer):
         alone = ids if features is None else None
         steps = generate_tokens(self.language_model, self.embed(ids, features), config, starts, prompt_ids=alone)
         return paddle.to_tensor(np.stack(list(steps), axis=1))
+
+    def _generate_routed(self, pixel_values, ids, mask, config):
+        """:meth:`generate` where tiles become fewer tokens: each row is a prompt of its own."""
+        per_tile = self.config.num_image_token
+        kept = np.ones(ids.shape, bool) if mask is None else mask.astype(bool)
+        context = (ids == self.img_context_token_id) & kept
+        counts = context.sum(1)
+        tiles = self.routed_tiles(pixel_values)
+        if (counts % per_tile).any() or counts.sum() != per_tile * len(tiles.gates):
+            raise PromptError(
+                f"the prompts have {counts.tolist()} image context tokens but pixel_values {len(tiles.gates)} tiles of "
+                f"{per_tile}: each tile needs exactly its own"
+            )
+        rows, features = [], []
+        for row, seen, own, picture in zip(ids, kept, context, tiles.split(counts // per_tile)):
+            if len(picture.gates):
+                (values,), compact = self.settled([picture])
+                features.append(values)
+                coarse = picture.coarse.shape[1]
+                # The first tokens of a compact tile stay.
+                place = np.arange(own.sum()) % per_tile
+                seen = seen.copy()
+                seen[own] = ~np.repeat(compact, per_tile) | (place < coarse)
+            rows.append(row[seen])
+        width = max(map(len, rows))
+        starts = np.array([width - len(row) for row in rows])
+        padded = np.stack([np.pad(row, (start, 0)) for row, start in zip(rows, starts)])
+        config = self.fit_context(config, width)
+        embeds = self.embed(padded, paddle.concat(features) if features else None)
+        return paddle.to_tensor(np.stack(list(generate_tokens(self.language_model, embeds, config, starts)), axis=1))
 
     def _flat_features(self, visual_features):
         """``[number of context tokens, D]`` of features ``[..., D]``, a tensor or an array of any floating point dtype."""

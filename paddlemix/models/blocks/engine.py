@@ -86,6 +86,9 @@ def fuse(model, dtype):
             stack[i] = fused(stack[i], dtype)
     if len(model.mlp1):
         model.mlp1 = _Projector(model.mlp1, dtype)
+    for name in ("mlp2", "pooling_before_gating", "gating"):  # small, and plain
+        if hasattr(model, name):
+            getattr(model, name).to(dtype="float32")
     language.lm_head = _Linear(language.lm_head, dtype)  # may be the embedding, which is then there twice: packed and not
     language.model.embed_tokens = _Embedding(language.model.embed_tokens)
     language.model.norm = _Norm(language.model.norm)

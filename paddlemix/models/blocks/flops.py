@@ -59,7 +59,15 @@ def parameter_counts(config):
     embed = vision.num_channels * vision.patch_size**2 * width + width + width + positions * width
     size_in, size_out = _projector_sizes(config)
     decoder = sum(_layer_weights(llm, i) + _layer_vectors(llm, i) for i in range(llm.num_hidden_layers))
+    router = {}
+    if getattr(config, "has_router", False):  # of the Flash models
+        coarse, wide = width * round(1 / config.downsample_ratio) ** 4, llm.hidden_size
+        compact = 2 * coarse + 2 * wide * (coarse + 1) + 2 * wide * (2 * wide + 1) + wide * (2 * wide + 1)
+        pooling = width + 4 * (4 * width**2 + 6 * width)
+        gate = 4 * (8 * width**2 + 7 * width) + 4 * width + 2
+        router = {"router": compact + pooling + gate}
     return {
+        **router,
         "vision": embed + vision.num_hidden_layers * (norms + attention + mlp + 2 * width),
         "projector": 2 * size_in + size_in * size_out + size_out + size_out**2 + size_out,
         "embedding": llm.vocab_size * llm.hidden_size,

@@ -112,6 +112,9 @@ CHAT = {
     "use_backbone_lora": RANK,
     "use_llm_lora": RANK,
     "system_message": optional(Text()),
+    "flash_mode": Flag(),
+    "flash_relative_threshold": Number(0, 1),
+    "flash_absolute_threshold": Number(0, 1),
 }
 
 # How answers are generated: kinds and upper bounds. GenerationConfig says in words what is too small.
@@ -216,6 +219,12 @@ def check_chat(config, templates):
     depth = config.vision_config.num_hidden_layers
     if not -depth - 1 <= config.select_layer <= depth:
         raise ConfigError(f"select_layer is {config.select_layer}, but the vision model has {depth} layers")
+    if config.extra.get("flash_mode"):
+        for name in ("flash_relative_threshold", "flash_absolute_threshold"):
+            if name not in config.extra:
+                raise ConfigError(f"{name} is missing: flash_mode needs it")
+        if config.vision_config.hidden_size % 16:
+            raise ConfigError("vision_config.hidden_size must be a multiple of 16, the heads of the router, with flash_mode")
     scale = round(1 / config.downsample_ratio)
     if abs(scale * config.downsample_ratio - 1) > 1e-6:
         raise ConfigError(f"downsample_ratio is {config.downsample_ratio}: it must be 1 divided by a whole number, such as 0.5")

@@ -9,6 +9,7 @@ _HOME = {
     "InternVLChatModel": "paddlemix.models.internvl2.modeling",
     "encode_conversations": "paddlemix.models.blocks.conversation",
     "get_template": "paddlemix.models.internvl2.conversation",
+    "published_shapes": "paddlemix.models.internvl2.checkpoint",
     "load_tokenizer": "paddlemix.tokenizers.loading",
 }
 __all__ = sorted(_HOME)

@@ -87,6 +87,16 @@ class InternVLChatConfig(Config):
         return weight_table(self, layout, stacked)
 
     @property
+    def has_router(self):
+        """Whether the checkpoint has the visual resolution router of the Flash models, in use or not."""
+        return "flash_mode" in self.extra or "flash_relative_threshold" in self.extra
+
+    @property
+    def flash_mode(self):
+        """Whether that router is in use."""
+        return self.extra.get("flash_mode", False)
+
+    @property
     def image_size(self):
         """Side of a tile in pixels."""
         return self.force_image_size or self.vision_config.image_size

@@ -148,7 +148,7 @@ def check_writable(config):
         raise ConfigError(f"select_layer {config.select_layer} has no form in transformers' layout: it knows -1 alone")
     if config.use_backbone_lora or config.use_llm_lora:
         raise ConfigError("LoRA adapters have no form in transformers' layout: merge them first")
-    if config.extra.get("flash_mode") or config.extra.get("flash_relative_threshold") is not None:
+    if config.has_router:
         raise ConfigError("the router of Flash models has no form in transformers' layout: write --layout torch")
 
 

@@ -1,5 +1,6 @@
 """InternVLChatModel: pictures and text in, text or a loss out."""
 
+import numpy as np
 import paddle
 
 from paddlemix.checkpoints.checkpoint import Checkpoint, load_checkpoint
@@ -8,10 +9,12 @@ from paddlemix.errors import ConfigError, PromptError
 from paddlemix.models.blocks.chat import ChatSession, batch_chat
 from paddlemix.models.blocks.chat_model import ChatModel
 from paddlemix.models.blocks.engine import choose, fuse
+from paddlemix.models.blocks.inputs import checked_pixels
 from paddlemix.models.blocks.layers import count_parameters
 from paddlemix.models.blocks.lora import merge_lora
 from paddlemix.models.blocks.losses import CausalLMOutput, causal_loss, chunked_causal_loss
 from paddlemix.models.blocks.projector import Projector, pixel_shuffle
+from paddlemix.models.blocks.router import CompactProjector, Gate, Pooling, RoutedTiles, settle
 
 from .configuration import InternVLChatConfig
 from .conversation import IMG_CONTEXT, get_template, insert_image_tokens
@@ -35,6 +38,11 @@ class InternVLChatModel(ChatModel):
     def __init__(self, config):
         scale = round(1 / config.downsample_ratio) ** 2
         super().__init__(config, Projector(config.vision_config.hidden_size * scale, config.llm_config.hidden_size))
+        if config.has_router:
+            width = config.vision_config.hidden_size
+            self.mlp2 = CompactProjector(width * scale**2, config.llm_config.hidden_size)
+            self.pooling_before_gating, self.gating = Pooling(width), Gate(width)
+            self.decodes_in_pages = not config.flash_mode
 
     # ------------------------------------------------------------------ weights
 
@@ -67,6 +75,54 @@ class InternVLChatModel(ChatModel):
 
     # ------------------------------------------------------------------ pictures
 
+    @property
+    def routes(self):
+        """Whether each tile of a prompt may take a coarse form of fewer tokens (the Flash models)."""
+        return self.config.flash_mode
+
+    @paddle.no_grad()
+    def router_gate(self, pixel_values):
+        """How likely the coarse form of each tile is enough, by itself.
+
+        Args:
+            pixel_values: as for :meth:`extract_feature`.
+
+        Returns:
+            ``[T]`` float32 tensor.
+
+        Raises:
+            ConfigError: the checkpoint has no router.
+        """
+        return paddle.to_tensor(self.routed_tiles(pixel_values, gates_alone=True))
+
+    @paddle.no_grad()
+    def routed_tiles(self, pixel_values, gates_alone=False):
+        """Tiles in both forms with their gates, a :class:`~paddlemix.models.blocks.router.RoutedTiles`.
+
+        ``gates_alone`` gives the gates, an array ``[T]``.
+        """
+        if not self.config.has_router:
+            raise ConfigError("this checkpoint has no visual resolution router: it is not one of the Flash models")
+        pixels, parts, ratio = checked_pixels(pixel_values), [], self.config.downsample_ratio
+        for at in range(0, len(pixels), self.vision_batch):
+            batch = paddle.to_tensor(pixels[at : at + self.vision_batch])
+            self._check_sides(batch.shape)
+            grid = self._grid(self._patches(batch), batch.shape)
+            flat = grid.reshape([grid.shape[0], -1, grid.shape[-1]])
+            gates = self.gating(self.pooling_before_gating(flat)).numpy()
+            if gates_alone:
+                parts.append((gates,))
+                continue
+            fine = self.mlp1(_shuffled(grid, ratio, self.config.ps_version))
+            parts.append((gates, fine, self.mlp2(_shuffled(grid, ratio**2, self.config.ps_version))))
+        gates, *forms = zip(*parts)
+        gates = np.concatenate(gates).astype("float32")
+        return gates if gates_alone else RoutedTiles(*map(paddle.concat, forms), gates)
+
+    def settled(self, pictures):
+        """Features of each of a prompt's ``pictures`` (:class:`RoutedTiles`), and which tiles are compact."""
+        return settle(pictures, self.config.extra["flash_relative_threshold"], self.config.extra["flash_absolute_threshold"])
+
     def _extract_feature(self, pixel_values):
         self._check_sides(pixel_values.shape)
         return self._project(self._patches(pixel_values), pixel_values.shape)
@@ -92,11 +148,12 @@ class InternVLChatModel(ChatModel):
 
     def _project(self, hidden, shape):
         """The tower's ``[T, 1 + P, D_vision]`` for tiles of ``shape`` -> ``[T, num_image_token, D]``."""
-        config = self.config
-        rows, columns = (side // config.vision_config.patch_size for side in shape[2:])
-        x = hidden[:, 1:].reshape([hidden.shape[0], rows, columns, hidden.shape[-1]])  # without the class token
-        x = pixel_shuffle(x, config.downsample_ratio, config.ps_version)
-        return self.mlp1(x.reshape([x.shape[0], -1, x.shape[-1]]))
+        return self.mlp1(_shuffled(self._grid(hidden, shape), self.config.downsample_ratio, self.config.ps_version))
+
+    def _grid(self, hidden, shape):
+        """The tower's ``[T, 1 + P, D_vision]`` without the class token, ``[T, rows, columns, D_vision]``."""
+        rows, columns = (side // self.config.vision_config.patch_size for side in shape[2:])
+        return hidden[:, 1:].reshape([hidden.shape[0], rows, columns, hidden.shape[-1]])
 
     # ------------------------------------------------------------------ text
 
@@ -181,3 +238,9 @@ class InternVLChatModel(ChatModel):
                 f"the tokenizer's {IMG_CONTEXT} is {self.img_context_token_id}, beyond the model's vocabulary of "
                 f"{self.config.llm_config.vocab_size}: tokenizer files and weights are of different models"
             )
+
+
+def _shuffled(grid, ratio, version):
+    """``[T, rows, columns, D]`` -> ``[T, rows * columns * ratio**2, D / ratio**2]``."""
+    x = pixel_shuffle(grid, ratio, version)
+    return x.reshape([x.shape[0], -1, x.shape[-1]])
