@@ -12,8 +12,8 @@ import sys
 
 import numpy as np
 
+from paddlemix.datasets.annotations import find_files
 from paddlemix.errors import DataError
-from paddlemix.evaluation.annotations import find_files
 from paddlemix.evaluation.features import compute_features, digest, model_digest, open_features, readable, written
 
 from .nearest import best

@@ -207,7 +207,7 @@ _ONLY = {
 }
 
 
-def parse(argv, prog="internvl_chat_finetune.py", extra=(), classes=CLASSES):
+def parse(argv, prog="internvl_chat_finetune.py", extra=(), classes=CLASSES, description=None):
     """Read the command line.
 
     Args:
@@ -216,6 +216,7 @@ def parse(argv, prog="internvl_chat_finetune.py", extra=(), classes=CLASSES):
         prog: the program's name in its help.
         extra: dataclasses of further flags.
         classes: in place of :data:`CLASSES`.
+        description: first line of the help.
 
     Returns:
         (ModelArguments, DataTrainingArguments, PreTrainingArguments, *extra).
@@ -224,7 +225,7 @@ def parse(argv, prog="internvl_chat_finetune.py", extra=(), classes=CLASSES):
         ConfigError: a file cannot be read, or a name or a value is not known.
     """
     epilog = "A JSON or YAML file of the same names may come first. --devices N trains with N processes, one a device."
-    parser = _Parser(prog=prog, description=__doc__.split("\n")[0], epilog=epilog)
+    parser = _Parser(prog=prog, description=description or __doc__.split("\n")[0], epilog=epilog)
     classes = (*classes, *extra)
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__.split("\n")[0])

@@ -121,16 +121,17 @@ def prepare(model, model_args, recompute):
 
 def train_mode(model):
     """Training mode where something learns, evaluation mode elsewhere."""
-    _set_mode(model, True)
+    set_mode(model, True)
     # Gradients pass through a frozen decoder, and its activations are recomputed in training mode only.
     model.language_model.model.training = True
 
 
-def _set_mode(layer, inherited):
+def set_mode(layer, inherited):
+    """Training mode for layers in which something learns; those without parameters follow what they are in."""
     parameters = layer.parameters()
     layer.training = any(not p.stop_gradient for p in parameters) if parameters else inherited
     for child in layer.children():
-        _set_mode(child, layer.training)
+        set_mode(child, layer.training)
 
 
 # ---------------------------------------------------------------------- from parts

@@ -305,6 +305,10 @@ class Trainer:
         with self._autocast():
             return self.model(**{key: value for key, value in batch.items() if key not in ("names", "bad")}).loss
 
+    def weight(self, batch):
+        """How much a batch counts in the mean over all batches of all processes."""
+        return BatchStats(batch).weight
+
     def step(self, number, batches):
         """One update.
 
@@ -320,7 +324,7 @@ class Trainer:
         """
         # Dropout and stochastic depth are decided by the step, so that a resumed run goes on as the first would have.
         paddle.seed((self.args.seed * 1_000_003 + number) * 4099 + self.processes.rank)
-        weights = [BatchStats(batch).weight for batch in batches]
+        weights = [self.weight(batch) for batch in batches]
         (total,) = self.processes.sum([sum(weights)])
         losses = []
         for batch, weight in zip(batches, weights):
@@ -381,7 +385,7 @@ class Trainer:
         return lambda directory: self.write(self.model, tokenizer, directory, source, weights)
 
 
-def _due(strategy, every, done, total, epoch_ends):
+def due(strategy, every, done, total, epoch_ends):
     """Whether a thing with ``strategy`` is due after ``done`` steps."""
     return (strategy == "steps" and done % every == 0) or (strategy == "epoch" and (epoch_ends(done) or done == total))
 
@@ -431,7 +435,7 @@ def finetune(model_args, data_args, args, recipe=None):
     if resumed:
         log.say(f"going on from {resumed} after {done} steps")
     try:
-        with _Sigterm() as interrupted:
+        with Sigterm() as interrupted:
             bad_samples = BadSampleLog(os.path.join(args.output_dir, "bad_samples.jsonl"), data_args.max_bad_samples)
             run = _Run(trainer, data, validation, checkpoints, log, (tokenizer, source), bad_samples)
             if args.do_train:
@@ -457,7 +461,7 @@ def _owned(model_args, processes):
     return keep
 
 
-class _Sigterm:
+class Sigterm:
     """Takes note of SIGTERM while it is entered: calling it tells whether one came."""
 
     def __enter__(self):
@@ -502,10 +506,10 @@ class _Run:
             self.log.step(loss)
             if done % args.logging_steps == 0 or done == total or (done == 1 and args.logging_first_step):
                 self._write(done, norm, rate)
-            if _due(args.evaluation_strategy, args.eval_steps, done, total, epoch_ends):
+            if due(args.evaluation_strategy, args.eval_steps, done, total, epoch_ends):
                 self.evaluate(done)
             (stop,) = self.processes.sum([interrupted()])
-            if stop or _due(args.save_strategy, args.save_steps, done, total, epoch_ends):
+            if stop or due(args.save_strategy, args.save_steps, done, total, epoch_ends):
                 self._save(done)
                 saved = done
             if stop and done < total:

@@ -31,7 +31,7 @@ def main(argv=None):
     cli.add_outputs(parser, "captions and scores")
     args = parser.parse_args(argv)
 
-    from paddlemix.evaluation.annotations import find_files, read_captions
+    from paddlemix.datasets.annotations import find_files, read_captions
 
     references = {}
     if args.annotations:

@@ -31,7 +31,7 @@ def main(argv=None):
 
     import numpy as np
 
-    from paddlemix.evaluation.annotations import find_files, read_lines
+    from paddlemix.datasets.annotations import find_files, read_lines
     from paddlemix.evaluation.features import PictureFeatures, readable, written
 
     if args.texts is not None:

@@ -24,7 +24,7 @@ def main(argv=None):
     cli.add_outputs(parser)
     args = parser.parse_args(argv)
 
-    from paddlemix.evaluation.annotations import read_captions
+    from paddlemix.datasets.annotations import read_captions
 
     paths, captions, owner = read_captions(args.annotations, args.images, args.names)
     session = cli.Session(args)

@@ -25,7 +25,7 @@ def main(argv=None):
     if args.frames < 1:
         raise ConfigError(f"--frames is {args.frames}: it must be at least 1")
 
-    from paddlemix.evaluation.annotations import read_captions
+    from paddlemix.datasets.annotations import read_captions
 
     paths, captions, owner = read_captions(args.annotations, args.videos)
     session = cli.Session(args)

@@ -26,7 +26,7 @@ def main(argv=None):
     parser.add_argument("--frames", type=int, default=8, help="with --video: frames of a clip, whose features are averaged")
     args = parser.parse_args(argv)
 
-    from paddlemix.evaluation.annotations import CLIPS, PICTURES, read_classes
+    from paddlemix.datasets.annotations import CLIPS, PICTURES, read_classes
     from paddlemix.evaluation.zero_shot import TEMPLATES, accuracy, read_names, zero_shot_weights
 
     if args.frames < 1:

@@ -74,7 +74,7 @@ class LoRALinear(Linear):
 
 def wrap_backbone_lora(model, r, dropout=DROPOUT):
     """Freeze the vision model and give its blocks adapters of rank ``r``; see :func:`wrap_llm_lora`."""
-    _wrap(model, "vision_model", "use_backbone_lora", r, dropout)
+    wrap_tower(model, "vision_model", r, dropout)
 
 
 def wrap_llm_lora(model, r, dropout=DROPOUT):
@@ -86,10 +86,12 @@ def wrap_llm_lora(model, r, dropout=DROPOUT):
     Raises:
         ConfigError: the rank is not positive, or the model has adapters of another rank.
     """
-    _wrap(model, "language_model", "use_llm_lora", r, dropout)
+    wrap_tower(model, "language_model", r, dropout)
 
 
-def _wrap(model, tower, key, rank, dropout):
+def wrap_tower(model, tower, rank, dropout=DROPOUT):
+    """As :func:`wrap_llm_lora`, of the tower with this name in the model."""
+    key = RANKS[tower]
     present = getattr(model.config, key)
     if rank < 1 or present not in (0, rank):
         raise ConfigError(

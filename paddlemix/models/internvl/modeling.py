@@ -69,13 +69,14 @@ class InternVLModel(nn.Layer):
     # ------------------------------------------------------------------ weights
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype="auto", engine="eager"):
+    def from_pretrained(cls, name_or_path, dtype="auto", engine="eager", merge=True):
         """Load a published checkpoint, or one that was saved here; LoRA weights in it are merged.
 
         Args:
             name_or_path: a directory, or a name such as ``OpenGVLab/InternVL-14B-224px``.
             dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for what the device in use computes best in.
             engine: ``eager`` for plain Paddle, ``inference`` for the fused CPU kernels in the vision tower, or ``auto``.
+            merge: False keeps LoRA weights apart, to train them further.
 
         Raises:
             ConfigError, CheckpointError: the directory does not hold a complete checkpoint of such a model.
@@ -86,7 +87,8 @@ class InternVLModel(nn.Layer):
             model = cls(config)
         engine, dtype = choose(engine, dtype, count_parameters(model))
         load_checkpoint(model, directory, dtype)
-        merge_lora(model)
+        if merge:
+            merge_lora(model)
         model.eval()
         return model
 

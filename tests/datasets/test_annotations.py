@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from paddlemix.datasets.annotations import read_captions, read_classes
 from paddlemix.errors import DataError
-from paddlemix.evaluation.annotations import read_captions, read_classes
 from paddlemix.evaluation.features import compute_features, open_features
 from paddlemix.training.processes import Processes
 
