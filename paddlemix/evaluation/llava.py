@@ -206,3 +206,31 @@ def write_answers(path, lines):
             count += 1
     os.replace(path + ".tmp", path)
     return count
+
+
+# ---------------------------------------------------------------------- as tasks of the evaluation command
+
+
+def load_llava(task, data_root):
+    """The questions of a task of :data:`SETS`, as the runner takes them; also a set's data folder may be ``data_root``."""
+    from .rows import Question as Row
+
+    rows, seen = [], {}
+    for question in read_questions(task.name, data_root):
+        values = dict(question.values)
+        identity = values["question_id"]
+        seen[identity] = seen.get(identity, 0) + 1
+        # MME asks two questions about a picture under one number.
+        unique = identity if seen[identity] == 1 else f"{identity}#{seen[identity]}"
+        pictures = () if question.picture is None else (question.picture,)
+        text = question.text.removeprefix("<image>\n")
+        rows.append(Row(unique, text, pictures, record={"llava": values, "pad": question.pad}))
+    return rows
+
+
+def answer_lines(rows, model_id):
+    """Rows of ``answers.jsonl`` as lines of LLaVA's."""
+    for row in rows:
+        known = dict(row["llava"])
+        more = {name: known.pop(name) for name in ("options", "option_char") if name in known}
+        yield {**known, "text": row["answer"], **more, "answer_id": uuid.uuid4().hex, "model_id": model_id, "metadata": {}}

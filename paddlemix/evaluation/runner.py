@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paddlemix.errors import ConfigError, UserError
+from paddlemix.files import read_json
 
 from .answers import RunFolder, write_json
 from .loaders import load
@@ -85,6 +86,11 @@ class LocalModel:
 
         devices.set_device(device or settings.device)
         directory = resolve(settings.model)
+        if str(read_json(Path(directory) / "config.json").get("model_type")).startswith("llava"):
+            from paddlemix.models import internvl_llava
+
+            model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype)
+            return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
         return cls(InternVLChatModel.from_pretrained(directory, dtype=settings.dtype), load_tokenizer(directory), settings)
 
     def batch_size(self, task):
@@ -143,6 +149,25 @@ class LocalModel:
                 result["cut"] = True
             results.append(result)
         return results
+
+
+class LlavaModel(LocalModel):
+    """An InternVL-Chat-LLaVA checkpoint, whose pictures are one square each."""
+
+    def encode(self, task, question):
+        """(question, pixels, counts, prompt), or (question, error)."""
+        from paddlemix.processors.clip import process_images
+
+        config = self.model.config
+        pad = question.record.get("pad")
+        aspect = config.image_aspect_ratio if pad is None else "pad" if pad else "square"
+        try:
+            if question.error:
+                return question, question.error
+            pixels = process_images(list(question.pictures), config.image_size, aspect) if question.pictures else None
+            return question, pixels, [1] * len(question.pictures), question.prompt
+        except UserError as error:
+            return question, str(error)
 
 
 def _free_memory():

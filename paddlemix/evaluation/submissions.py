@@ -44,6 +44,13 @@ def write_submission(task, rows, directory):
     kind = task.submission
     if kind in ("mmbench", "ccbench"):
         return _write_table(task, rows, directory / "submission.xlsx")
+    if kind == "llava":
+        from .llava import answer_lines
+
+        path = directory / "llava.jsonl"
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines(rows, directory.parent.name)]
+        path.write_text("".join(lines), encoding="utf-8")
+        return path
     path = directory / "submission.json"
     if kind == "by_id":
         values = {str(row["id"]): _letter(row) for row in rows}

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from paddlemix.errors import ConfigError
 
+from .llava import SETS as LLAVA_SETS
+from .llava import load_llava
 from .scorers import score_with
 
 SHORT = "Answer the question using a single word or phrase."
@@ -383,6 +385,19 @@ _TASKS = [
         always_dynamic=True,
         submission="drivelm",
         source="adaptation",
+    ),
+    *(
+        Task(
+            name,
+            load_llava,
+            None,
+            "",
+            128 if own.kind == "loader" else 1024,
+            (own.questions,),
+            submission="llava",
+            source="llava",
+        )
+        for name, own in LLAVA_SETS.items()
     ),
 ]
 TASKS = {task.name: task for task in _TASKS}

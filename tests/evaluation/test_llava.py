@@ -108,3 +108,44 @@ def test_what_is_missing_is_told(tmp_path):
             read_questions(name, tmp_path)
     with pytest.raises(DataError, match="llava-vqav2"):
         read_questions("llava-other", tmp_path)
+
+
+def test_the_evaluation_command_answers_alike(tmp_path):
+    from paddlemix.evaluation.runner import LlavaModel, LocalModel, Settings, run_task
+    from paddlemix.evaluation.tasks import TASKS
+
+    _, questions, images = SETS["llava-pope"]
+    (tmp_path / questions).parent.mkdir(parents=True)
+    (tmp_path / questions).write_text("".join(json.dumps(row) + "\n" for row in SUITE["questions"]), encoding="utf-8")
+    (tmp_path / images).symlink_to(IMAGES)
+    settings = Settings(str(CHAT), str(tmp_path), dtype="float32", device="cpu")
+    loaded = LocalModel.load(settings)
+    assert isinstance(loaded, LlavaModel)
+    result = run_task(TASKS["llava-pope"], settings, tmp_path / "results", model=loaded, progress=False)
+    assert (result["questions"], result["failed"], result["submission"]) == (3, 0, "llava.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "results" / "llava-pope" / "llava.jsonl").read_text("utf-8").splitlines()]
+    expected = SUITE["model_vqa_loader"]
+    assert [{k: line[k] for k in ("question_id", "prompt", "text")} for line in lines] == [
+        {k: line[k] for k in ("question_id", "prompt", "text")} for line in expected
+    ]
+
+
+@pytest.mark.parametrize("name", [name.removeprefix("llava-") for name in SETS])
+def test_scripts_call_the_evaluation_command(name, tmp_path):
+    import subprocess
+
+    from paddlemix.examples.internvl2.cli import ROOT
+
+    script = ROOT / "examples" / "internvl_llava" / "scripts_internvl" / "eval" / f"{name}.sh"
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@" > argv\n')
+    (tmp_path / "python").chmod(0o755)
+    subprocess.run(
+        ["sh", str(script), "my model", "--limit", "2"],
+        cwd=tmp_path,
+        env={"PYTHON": "./python", "PATH": "/usr/bin:/bin"},
+        check=True,
+    )
+    argv = (tmp_path / "argv").read_text().splitlines()
+    assert argv[0].endswith("evaluate.py") and argv[-2:] == ["--limit", "2"]
+    flags = dict(zip(argv[1::2], argv[2::2]))
+    assert flags["--model_name_or_path"] == "my model" and flags["--task"] == f"llava-{name}"
