@@ -282,6 +282,30 @@ class Tokenizer:
         """
         return len(text.rstrip(self._unstable))
 
+    # Conversations.
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, **variables):
+        """The prompt that the folder's own Jinja template writes, as text.
+
+        It may differ from what :meth:`model.chat` sends, which is the original's: published templates add no system message.
+
+        Args:
+            messages: ``[{"role": "system" | "user" | "assistant", "content": text or list of parts}, ...]``; a part is
+                ``{"type": "text", "text": ...}``, ``{"type": "image"}`` or ``{"type": "video"}``.
+            add_generation_prompt: end it where the assistant speaks.
+            variables: what else the template may ask for, such as ``enable_thinking``.
+
+        Raises:
+            TokenizerError: the folder has no template, or the template fails, asks for attributes that it must not have,
+                takes more than two seconds, or writes more than a megabyte.
+            PromptError: messages are of no such form.
+        """
+        from . import templates  # here, because most never need it
+
+        text = templates.chat_template(self._source.files, self._source.json)
+        tokens = {name: token for name, token in self._named.items() if token is not None}
+        return templates.render(text, messages, add_generation_prompt, tokens, variables)
+
     # Files.
 
     def save_pretrained(self, directory):

@@ -11,7 +11,8 @@ from paddlemix.files import parse_json, read_regular
 
 CONFIG_FILE, SPECIAL_FILE, ADDED_FILE = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FAST_FILE, MODEL_FILE, VOCAB_FILE, MERGES_FILE = "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"
-FILES = (CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, FAST_FILE, MODEL_FILE, VOCAB_FILE, MERGES_FILE)
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+FILES = (*TEMPLATE_FILES, CONFIG_FILE, SPECIAL_FILE, ADDED_FILE, FAST_FILE, MODEL_FILE, VOCAB_FILE, MERGES_FILE)
 REMOTE_CODE = re.compile(r"tokenization_\w+\.py")  # carried along for the original's loader; nothing here runs it
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MORE = "additional_special_tokens"

@@ -13,6 +13,7 @@ from paddlemix.checkpoints.files import open_weight_file
 from paddlemix.errors import CheckpointError, ConfigError
 from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
 from paddlemix.models.internvl2.convert import convert
+from paddlemix.tokenizers import load_tokenizer
 from tests.conftest import REFERENCE, assert_close
 from tests.models.internvl2.test_internvl3 import FOLDER, load, pictures
 
@@ -72,6 +73,9 @@ def test_both_ways_bit_by_bit(tmp_path, family):
     there, back = tmp_path / "there", tmp_path / "back"
     convert(str(FOLDER / family / "checkpoint"), str(there), "hf", max_shard_size="100KB")
     same(bits(there), bits(FOLDER / f"hf_{family}" / "checkpoint"))
+    tokenizer = load_tokenizer(str(there))
+    for chat in load("hf_" + family).expected["chats"]:
+        assert tokenizer.apply_chat_template(chat["messages"], add_generation_prompt=True) == chat["prompt"]
     convert(str(there), str(back), "torch")
     same(bits(back), bits(FOLDER / family / "checkpoint"))
     for path in (FOLDER / family / "checkpoint").glob("*.json"):
