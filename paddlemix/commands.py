@@ -36,6 +36,8 @@ COMMANDS = {
     },
     "Measure": {
         "evaluate": Command("paddlemix.examples.internvl2.evaluate", "score a model on the benchmarks of the original", "eval"),
+        "score": Command("paddlemix.examples.internvl2.score", "score answers again without a model", "eval"),
+        "compare": Command("paddlemix.examples.internvl2.compare", "where two runs of a benchmark differ", "eval"),
         "zero-shot": Command("paddlemix.examples.internvl.zero_shot_classification", "classify pictures by class names"),
         "retrieval": Command("paddlemix.examples.internvl.retrieval", "how well texts and pictures find each other"),
         "video-retrieval": Command("paddlemix.examples.internvl.video_retrieval", "how well texts and clips find each other"),

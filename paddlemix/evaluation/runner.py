@@ -16,6 +16,7 @@ from paddlemix.errors import ConfigError, UserError
 from paddlemix.files import read_json
 
 from .answers import RunFolder, write_json
+from .intervals import interval
 from .loaders import load
 from .media import tiles
 from .scorers.open_answers import final_answer
@@ -316,6 +317,7 @@ def conclude(task, rows, directory):
     """Score the rows of a run and write ``score.json`` and the server's file."""
     from .submissions import write_submission
 
+    # With "mean_interval", where 95 per cent of resamplings of the questions have the mean over them.
     answered = [row for row in rows if "error" not in row]
     failed = [row for row in rows if "error" in row]
     result = {"task": task.name, "score": {}, "questions": len(rows), "failed": len(failed), "scored": len(answered)}
@@ -324,8 +326,8 @@ def conclude(task, rows, directory):
     result["failures"] = [{"id": row["id"], "error": row["error"]} for row in failed[:100]]
     if task.scorer is not None and answered and (task.prediction_key == "answer" or all("review" in r for r in answered)):
         references = [{"id": row["id"], **row["reference"]} for row in answered]
-        result["score"] = score(task, answered, references)
-        result["metric"] = task.metric
+        result["score"], each = score(task, answered, references, each=True)
+        result |= {"metric": task.metric, "mean_interval": interval(each)}
     if task.submission:
         result["submission"] = write_submission(task, rows, directory).name
     write_json(directory / "score.json", result)

@@ -20,6 +20,7 @@ def make_parser():
     add = parser.add_argument
     add("--model_name_or_path", "--checkpoint", default=str(cli.DEMO_MODEL), help="a checkpoint (default: the demo model)")
     add("--task", "--datasets", help="names or groups, separated by commas; --list shows them")
+    add("--task_file", default=None, help="a data set of your own: YAML, or a .tsv of VLMEvalKit")
     add("--list", action="store_true", help="print the names of all tasks")
     add("--data_root", default="data", help="folder of the data sets (default: %(default)s)")
     add("--out_dir", "--out-dir", default="results", help="folder for the results (default: %(default)s)")
@@ -51,13 +52,17 @@ def main(argv=None):
     if args.list:
         print("\n".join([*TASKS, *GROUPS]))
         return
-    if not args.task:
+    if not args.task and not args.task_file:
         parser.error("--task is missing: --list shows the names")
     if min(args.batch_size, 0) < 0 or args.processes < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--batch_size, --processes and --limit must be positive")
     if args.max_num is not None and args.max_num < 1:
         parser.error("--max_num must be at least 1")
-    tasks = select(args.task)
+    tasks = select(args.task) if args.task else []
+    if args.task_file:
+        from paddlemix.evaluation.own import task_of_file
+
+        tasks.append(task_of_file(args.task_file))
     if args.subtask:
         tasks = [with_options(task, subtask=args.subtask) for task in tasks]
 
