@@ -191,3 +191,47 @@ def test_settings_of_the_user_stay(shell):
 
     script = (ROOT / "tools" / "npu" / "env.sh").read_text(encoding="utf-8")
     assert set(device._NPU_FLAGS) <= set(re.findall(r"^default (\w+)", script, re.MULTILINE))
+
+
+def test_llava_chats_and_learns(npu, tmp_path):
+    """An answer of InternVL-Chat-LLaVA by its evaluation command, and two steps of its second stage."""
+    folder = REFERENCE / "internvl_llava"
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    chat, tower, base = (folder / "pretrained" / expected[name] for name in ("chat", "tower", "llm"))
+    suite, place = expected["evaluation"], tmp_path / "gqa"
+    place.mkdir()
+    (place / "llava_gqa_testdev_balanced.jsonl").write_text(json.dumps(suite["questions"][0]) + "\n", encoding="utf-8")
+    (place / "data").mkdir()
+    (place / "data" / "images").symlink_to(REFERENCE / "images")
+    examples = ROOT / "paddlemix" / "examples" / "internvl_llava"
+    flags = [
+        "--model-path",
+        chat,
+        "--vision-tower",
+        tower,
+        "--task",
+        "llava-gqa",
+        "--data-root",
+        tmp_path,
+        "--dtype",
+        "float32",
+    ]
+    run([examples / "answer.py", *flags, "--answers-file", tmp_path / "a.jsonl", "--device", "npu:0"], npu)
+    assert json.loads((tmp_path / "a.jsonl").read_text(encoding="utf-8"))["text"] == suite["model_vqa_loader"][0]["text"]
+
+    stage = expected["stage2"]
+    records = [expected["train_samples"]["v1"][i]["record"] for i in stage["samples"]]
+    (tmp_path / "data.json").write_text(json.dumps(records), encoding="utf-8")
+    projector = folder / "pretrained" / expected["base_and_projector"]["model"] / "mm_projector.bin"
+    flags = (
+        "--version v1 --mm_projector_type mlp2x_gelu --mm_vision_select_layer -4 --mm_use_im_patch_token False --max_steps 2"
+    )
+    flags += " --image_aspect_ratio pad --per_device_train_batch_size 3 --lr_scheduler_type constant --learning_rate 1e-3"
+    flags += (
+        " --max_grad_norm 0 --model_max_length 2048 --save_strategy no --logging_steps 1 --disable_tqdm True --device npu:0"
+    )
+    paths = ["--model_name_or_path", base, "--vision_tower", tower, "--pretrain_mm_mlp_adapter", projector]
+    paths += ["--data_path", tmp_path / "data.json", "--image_folder", REFERENCE / "images", "--output_dir", tmp_path / "out"]
+    run([examples / "train.py", *flags.split(), *paths], npu)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    assert np.allclose(losses, stage["losses"][:2], rtol=2e-4)

@@ -182,3 +182,25 @@ def test_the_plan(tmp_path, capsys):
     told = capsys.readouterr().out
     vicuna = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
     assert f"{vicuna / 1e6:,.1f}" in told
+
+
+def test_the_checker_names_what_training_would(tmp_path, capsys):
+    from paddlemix.datasets.internvl_llava.check import main
+
+    bad = [
+        {**V1[0], "image": "gone.png"},
+        {**V1[2], "conversations": [{"from": "human", "value": "<image> x"}, {"from": "gpt", "value": "y"}]},
+        {**V1[0], "image": ["img0.png", "img1.png"]},
+        {**V1[2], "conversations": [{"from": "human", "value": "x"}] * 2},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([*V1, *bad]), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["--data_path", str(path), "--image_folder", str(IMAGES)])
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1] == f"{len(bad)} of {len(bad) + len(V1)} records cannot be used"
+    assert [line.split(": ")[0] for line in told[:-1]] == [f"{path}:{len(V1) + i + 1}" for i in range(len(bad))]
+    path.write_text("\n".join(map(json.dumps, PLAIN)), encoding="utf-8")
+    path = path.rename(tmp_path / "data.jsonl")
+    main(["--data_path", str(path), "--image_folder", str(IMAGES), "--version", "plain"])
+    assert capsys.readouterr().out.startswith("0 of 3")

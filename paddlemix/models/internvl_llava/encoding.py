@@ -24,19 +24,7 @@ def encode_record(record, tokenizer, version, start_end=False):
     Raises:
         PromptError: there is no such version. DataError: the record cannot be used.
     """
-    if version not in TEMPLATES:
-        raise PromptError(f"--version is '{version}': it must be one of {', '.join(TEMPLATES)}")
-    template = get_template(version)
-    turns = _turns(record)
-    has_picture = bool(record.get("image"))
-    marks = sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
-    if marks and not has_picture:
-        raise DataError(f"has {IMAGE_PLACEHOLDER} in its text but no 'image': remove the mark, or name the picture")
-    if has_picture:
-        if not marks:  # a picture that nothing points to goes before the first question
-            first = next((i for i, (role, _) in enumerate(turns) if role == "human"), 0)
-            turns[first] = (turns[first][0], f"{IMAGE_PLACEHOLDER}\n{turns[first][1]}")
-        turns = [(role, _mark_first(text, template.version, start_end)) for role, text in turns]
+    template, turns, has_picture = _prepared(record, version, start_end)
     if template.version == "plain":
         ids, labels = _plain(turns, tokenizer)
     elif template.version.startswith("v0"):
@@ -51,6 +39,44 @@ def encode_record(record, tokenizer, version, start_end=False):
     if all(label == IGNORE_INDEX for label in labels[1:]):
         raise DataError("has no answer to learn: add one")
     return ids, labels
+
+
+def _prepared(record, version, start_end):
+    """(template, ``(role, text)`` turns with marks in place, whether there is a picture)."""
+    if version not in TEMPLATES:
+        raise PromptError(f"--version is '{version}': it must be one of {', '.join(TEMPLATES)}")
+    template = get_template(version)
+    turns = _turns(record)
+    has_picture = bool(record.get("image"))
+    marks = sum(text.count(IMAGE_PLACEHOLDER) for role, text in turns if role == "human")
+    if marks and not has_picture:
+        raise DataError(f"has {IMAGE_PLACEHOLDER} in its text but no 'image': remove the mark, or name the picture")
+    if has_picture:
+        if not marks:  # a picture that nothing points to goes before the first question
+            first = next((i for i, (role, _) in enumerate(turns) if role == "human"), 0)
+            turns[first] = (turns[first][0], f"{IMAGE_PLACEHOLDER}\n{turns[first][1]}")
+        turns = [(role, _mark_first(text, template.version, start_end)) for role, text in turns]
+    return template, turns, has_picture
+
+
+def check_record(record, version):
+    """What :func:`encode_record` finds wrong with a record, without a tokenizer.
+
+    Raises:
+        PromptError, DataError: as there.
+    """
+    template, turns, has_picture = _prepared(record, version, False)
+    if template.version == "plain":
+        _check_plain(turns)
+    elif not template.version.startswith("v0"):
+        _pairs(turns)
+    marks = sum(text.count(IMAGE_PLACEHOLDER) for _, text in turns)
+    if template.version != "plain" and marks != has_picture:
+        raise _wrong_number(marks, has_picture)
+
+
+def _wrong_number(marks, has_picture):
+    return DataError(f"has {marks} {IMAGE_PLACEHOLDER} mark(s) but {int(has_picture)} picture(s): a record has one picture")
 
 
 def _turns(record):
@@ -76,15 +102,19 @@ def _mark_first(text, version, start_end):
 
 def _plain(turns, tokenizer):
     """A picture and its caption: all of the caption and its newline is learned."""
-    if [role for role, _ in turns] != list(_ROLES) or IMAGE_PLACEHOLDER not in turns[0][1]:
-        raise DataError("must have exactly two turns, a picture's and its caption, for --version plain")
+    _check_plain(turns)
     ids = tokenize_prompt(IMAGE_PLACEHOLDER + turns[1][1] + "\n", tokenizer)
     start = ids.index(IMAGE_TOKEN_INDEX) + 1
     return ids, [IGNORE_INDEX] * start + ids[start:]
 
 
-def _rounds(turns, tokenizer, template):
-    """Rounds whose answers end in a token: the answers and these tokens are learned."""
+def _check_plain(turns):
+    if [role for role, _ in turns] != list(_ROLES) or IMAGE_PLACEHOLDER not in turns[0][1]:
+        raise DataError("must have exactly two turns, a picture's and its caption, for --version plain")
+
+
+def _pairs(turns):
+    """(question, answer) pairs of turns that alternate."""
     if turns[0][0] != "human":
         turns = turns[1:]
     for i, (role, _) in enumerate(turns):
@@ -93,6 +123,12 @@ def _rounds(turns, tokenizer, template):
     pairs = [(turns[i][1], turns[i + 1][1]) for i in range(0, len(turns) - 1, 2)]
     if not pairs:
         raise DataError("has no answer to learn: add one")
+    return pairs
+
+
+def _rounds(turns, tokenizer, template):
+    """Rounds whose answers end in a token: the answers and these tokens are learned."""
+    pairs = _pairs(turns)
     stop = tokenizer.require_token_id(template.stop)
     return encode_rounds(template, pairs, lambda text, start: tokenize_prompt(text, tokenizer, start), {stop})
 
