@@ -16,6 +16,8 @@ from paddlemix.errors import ImageError
 from paddlemix.files import read_regular
 from paddlemix.validation import SIDE, TILES, shown
 
+from .media import is_address, lay_on, read_picture_bytes
+
 # Mean and standard deviation per channel, for pixels in 0..1. Every released chat model uses "imagenet".
 NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -41,17 +43,20 @@ def load_image(
     pad2square=False,
     normalize_type="imagenet",
     dynamic=True,
+    exif_orientation=False,
+    background=None,
 ):
     """Read a picture and return its normalised tiles.
 
     Args:
-        image: anything :func:`open_image` takes.
+        image: anything :func:`open_image` takes, or an address (``https://``, ``data:``), which is fetched.
         input_size: side of a tile in pixels (config key ``force_image_size``).
         min_num, max_num: bounds on the number of tiles, thumbnail not counted (``min_dynamic_patch``, ``max_dynamic_patch``).
         use_thumbnail: add the whole picture as last tile when there is more than one tile.
         pad2square: with ``dynamic=False``, pad to a square with the mean colour instead of stretching.
         normalize_type: a key of ``NORMALIZATION``.
         dynamic: ``False`` makes one tile of the whole picture (``dynamic_image_size``).
+        exif_orientation, background: see :func:`open_image`.
 
     Returns:
         float32 array [tiles, 3, input_size, input_size], tiles row by row, then the thumbnail.
@@ -61,7 +66,7 @@ def load_image(
     """
     _check_size(input_size)
     mean, _ = _normalization(normalize_type)
-    image = open_image(image)
+    image = open_image(read_picture_bytes(image) if is_address(image) else image, exif_orientation, background)
     if dynamic:
         tiles = dynamic_preprocess(image, min_num, max_num, input_size, use_thumbnail)
     else:
@@ -71,7 +76,7 @@ def load_image(
     return to_pixels(tiles, normalize_type)
 
 
-def open_image(source, exif_orientation=False):
+def open_image(source, exif_orientation=False, background=None):
     """Read a picture completely and convert it to RGB.
 
     Transparency is dropped, as the original implementation does: hidden colours become visible. The orientation noted in
@@ -79,8 +84,9 @@ def open_image(source, exif_orientation=False):
     clipped to white. Of an animation the first frame is read.
 
     Args:
-        source: a path, a PIL image, encoded bytes, or a binary file object.
+        source: a path, a PIL image, encoded bytes, a binary file object, or a uint8 array [height, width, 3 or 4].
         exif_orientation: turn the picture as its EXIF data say.
+        background: colour that transparent pictures are laid on; None drops their transparency.
 
     Returns:
         PIL image of mode RGB.
@@ -89,6 +95,9 @@ def open_image(source, exif_orientation=False):
         ImageError: missing, empty, damaged, cut off, too large, or not a picture.
     """
     name, opened = _open(source)
+    if background is None and not isinstance(source, Image.Image):
+        # Bytes here only make convert("RGB") warn about the transparency that it drops.
+        opened.info.pop("transparency", None)
     try:
         with _complete_pictures_only():
             opened.load()
@@ -96,7 +105,7 @@ def open_image(source, exif_orientation=False):
             raise ImageError(f"{name} has no pixels ({opened.width}x{opened.height}); give a larger picture")
         if exif_orientation:
             opened = ImageOps.exif_transpose(opened)
-        return _to_rgb(opened)
+        return _to_rgb(opened if background is None else lay_on(opened, background))
     except ImageError:
         raise
     # Pillow's decoders meet arbitrary bytes and answer with almost any exception: OSError, SyntaxError, struct.error, ...
@@ -182,6 +191,12 @@ def _open(source):
     """Return (name for messages, PIL image whose header has been read)."""
     if isinstance(source, Image.Image):
         return "the given picture", source
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim not in (2, 3) or (source.ndim == 3 and source.shape[2] not in (3, 4)):
+            raise ImageError(
+                f"a picture as an array must be uint8 [height, width, 3 or 4], not {source.dtype} {list(source.shape)}"
+            )
+        return "the given picture", Image.fromarray(np.ascontiguousarray(source))
     if isinstance(source, (bytes, bytearray, memoryview)):
         name, data = "the given picture data", bytes(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -207,6 +222,8 @@ def _open(source):
     try:
         opened = Image.open(io.BytesIO(data), formats=picture_formats())
     except Image.UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+            return name, _open_heif(name, data)
         raise ImageError(f"{name} is not a picture of a supported format ({FORMAT_NAMES})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name} has more than {MAX_PIXELS} pixels; make it smaller") from None
@@ -214,9 +231,21 @@ def _open(source):
         raise ImageError(f"{name} has a damaged header ({error}); replace it") from error
     if opened.width * opened.height > MAX_PIXELS:
         raise ImageError(f"{name} has {opened.width}x{opened.height} pixels, more than {MAX_PIXELS}; make it smaller")
-    # Bytes here only make convert("RGB") warn about the transparency that it drops.
-    opened.info.pop("transparency", None)
     return name, opened
+
+
+def _open_heif(name, data):
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise ImageError(f"{name} is HEIC or HEIF, which needs pillow-heif: pip install 'paddlemix[heif]'") from None
+    try:
+        opened = HeifImageFile(io.BytesIO(data))
+    except Exception as error:  # as in open_image: a damaged header may raise anything
+        raise ImageError(f"{name} has a damaged header ({error}); replace it") from error
+    if opened.width * opened.height > MAX_PIXELS:
+        raise ImageError(f"{name} has {opened.width}x{opened.height} pixels, more than {MAX_PIXELS}; make it smaller")
+    return opened
 
 
 @lru_cache(maxsize=1)
