@@ -47,7 +47,7 @@ def test_help_of_a_command_is_under_its_name(name):
 
 def test_unknown_command():
     _, stderr = paddlemix("chatt", code=2)
-    assert stderr.count("\n") == 1 and "'chatt' is no command" in stderr and "chat, " in stderr
+    assert stderr.count("\n") == 1 and "'chatt' is no command" in stderr and "chat" in stderr and "doctor" in stderr
 
 
 def test_dashes_and_underscores_are_alike(capsys):

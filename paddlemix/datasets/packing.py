@@ -27,9 +27,9 @@ class Packer:
 
     def add(self, sample):
         """Place a sample; returns the row that this finished, a list of samples, or None."""
-        if len(sample["input_ids"]) > self.max_tokens or len(sample["image_flags"]) > self.max_tiles:
+        if _size(sample) > self.max_tokens or len(sample["image_flags"]) > self.max_tiles:
             raise ConfigError(
-                f"{sample['name']} has {len(sample['input_ids'])} tokens and {len(sample['image_flags'])} tiles, more than "
+                f"{sample['name']} has {_size(sample)} tokens and {len(sample['image_flags'])} tiles, more than "
                 f"max_packed_tokens ({self.max_tokens}) or num_images_expected ({self.max_tiles}): "
                 "give the encoder these as max_seq_length and max_tiles"
             )
@@ -53,9 +53,10 @@ class Packer:
         room = self.max_tokens - _tokens(row)
         if _tiles(row) + len(sample["image_flags"]) > self.max_tiles:
             return False
-        if len(sample["input_ids"]) <= room:
+        if _size(sample) <= room:
             return True
-        return self.allow_overflow and room <= self.max_tokens / 2 and sample["min_length"] <= room
+        pair = "rejected_input_ids" in sample  # both answers of which stay whole
+        return self.allow_overflow and not pair and room <= self.max_tokens / 2 and sample["min_length"] <= room
 
     def _finish(self, i):
         row = self.rows.pop(i)
@@ -186,8 +187,13 @@ def _only(samples):
     return samples[0]
 
 
+def _size(sample):
+    """Tokens of a sample; of both answers, where it is a pair."""
+    return len(sample["input_ids"]) + len(sample.get("rejected_input_ids", ()))
+
+
 def _tokens(row):
-    return sum(len(sample["input_ids"]) for sample in row)
+    return sum(map(_size, row))
 
 
 def _tiles(row):

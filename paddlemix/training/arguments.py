@@ -187,6 +187,27 @@ class PreTrainingArguments:
         return "bfloat16" if self.bf16 else "float16" if self.fp16 else None
 
 
+@dataclass
+class PreferenceArguments:
+    """How preferences are learned (internvl_chat_mpo.py)."""
+
+    loss_type: str = _arg("sigmoid,bco_pair", "preference losses, by commas: sigmoid, bco_pair, hinge, ipo")
+    sigmoid_loss_weight: float = _arg(0.8, "of the loss sigmoid")
+    bco_pair_loss_weight: float = _arg(0.2, "of the loss bco_pair")
+    hinge_loss_weight: float = _arg(1.0, "of the loss hinge")
+    ipo_loss_weight: float = _arg(1.0, "of the loss ipo")
+    rpo_alpha: float = _arg(1.0, "weight of the cross entropy of the chosen answers")
+    beta: float = _arg(0.1, "how far the model may leave the reference; small is far")
+    label_smoothing: float = _arg(0.0, "share of pairs whose preference may be wrong; for the loss sigmoid")
+    reference_model: str | None = _arg(None, "checkpoint of the same shape to compare with; default: the start of the run")
+
+    @property
+    def weights(self):
+        """``{loss type: weight}``."""
+        names = [name.strip() for name in self.loss_type.split(",") if name.strip()]
+        return {name: getattr(self, f"{name}_loss_weight", 1.0) for name in names}
+
+
 CLASSES = (ModelArguments, DataTrainingArguments, PreTrainingArguments)
 
 # PaddleNLP's flags about how it divides the work: their values that describe what is done here.

@@ -513,13 +513,14 @@ def read_config(model_args):
 
 
 @command_main
-def main(argv=None):
-    """The command line."""
+def main(argv=None, extra=()):
+    """The command line; ``extra`` are dataclasses of flags that say nothing about memory."""
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--table"]:
         print(memory_table())
         return
-    *arguments, own = parse(argv, prog="python -m paddlemix.training.plan", extra=(PlanArguments,))
+    *arguments, own = parse(argv, prog="python -m paddlemix.training.plan", extra=(*extra, PlanArguments))
+    arguments = arguments[:3]
     model_args, _, train_args = arguments
     total = None if own.device_memory is None else own.device_memory * GB
     kind = train_args.device.split(":")[0]

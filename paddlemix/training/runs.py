@@ -8,26 +8,7 @@ from paddlemix.errors import ConfigError, TrainingError, UserError
 
 from .checkpoints import Checkpoints, read_optimizer, read_state
 from .log import TrainLog
-from .trainer import Sigterm, Trainer, due
-
-
-class BatchTrainer(Trainer):
-    """A :class:`Trainer` of anything whose loss is a mean over a batch; batches of all processes are of one size.
-
-    Args:
-        loss: called with the model and a batch's arguments by name; the loss.
-    """
-
-    def __init__(self, loss, model, *arguments, **options):
-        super().__init__(model, *arguments, **options)
-        self._of = loss
-
-    def weight(self, batch):
-        return 1.0
-
-    def _loss(self, batch):
-        with self._autocast():
-            return self._of(self.model, **{name: value for name, value in batch.items() if name != "names"})
+from .trainer import Sigterm, due
 
 
 def steps_of(count, args, world):
@@ -48,7 +29,7 @@ def run(trainer, batches, write_model, resumed=None, epoch=None):
     """All steps of a run, with log and checkpoints, and the model in the output directory at its end.
 
     Args:
-        trainer: :class:`Trainer`; its model has the weights of ``resumed``.
+        trainer: :class:`~.trainer.Trainer`; its model has the weights of ``resumed``.
         batches: called with the number of a step; this process's batches of it.
         write_model: called with a directory in the first process.
         resumed: a checkpoint's directory whose steps and optimiser states are taken over.

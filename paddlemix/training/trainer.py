@@ -28,6 +28,7 @@ from paddlemix.datasets.internvl2 import (
     SampleOrder,
     TrainBatchSampler,
     measure,
+    read_meta,
     rows_per_epoch,
     sequential_batches,
 )
@@ -36,6 +37,7 @@ from paddlemix.errors import ConfigError, TrainingError, UserError
 from .building import build_model, prepare, train_mode
 from .checkpoints import Checkpoints, read_optimizer, read_state, save_model
 from .log import TrainLog, peak_flops, training_flops
+from .objective import CausalObjective
 from .optimizer import Optimizer
 from .plan import count_steps, deal, parameters
 from .processes import Processes
@@ -182,6 +184,8 @@ def data_options(config, data_args, **changes):
 class ChatRecipe:
     """How a chat model becomes what is trained, and its records samples: what a family may do in its own way."""
 
+    encoder, collator = SampleEncoder, Collator
+    parse = None  # what makes a record of a line; None for read_meta's own
     build_model = staticmethod(build_model)
     prepare = staticmethod(prepare)
     save_model = staticmethod(save_model)
@@ -191,16 +195,20 @@ class ChatRecipe:
         """The :class:`InternVLDataset` of the training data."""
         changes = {}
         if data_args.use_packed_ds:
-            length = min(data_args.max_seq_length, data_args.max_packed_tokens)
+            length = min(data_args.max_seq_length, data_args.max_packed_tokens // self.encoder.answers)
             changes = dict(max_seq_length=length, max_tiles=data_args.num_images_expected)
-        encoder = SampleEncoder(tokenizer, data_args.conv_style, data_options(model.config, data_args, **changes))
-        return InternVLDataset.from_meta(data_args.meta_path, encoder, seed)
+        encoder = self.encoder(tokenizer, data_args.conv_style, data_options(model.config, data_args, **changes))
+        return InternVLDataset(read_meta(data_args.meta_path, self.parse), encoder, seed)
 
     def validation(self, model, tokenizer, data_args, seed):
         """The one of the held-out data."""
         options = data_options(model.config, data_args, sampling_method="middle")
-        encoder = SampleEncoder(tokenizer, data_args.conv_style, options)
-        return InternVLDataset.from_meta(data_args.eval_meta_path, encoder, seed)
+        encoder = self.encoder(tokenizer, data_args.conv_style, options)
+        return InternVLDataset(read_meta(data_args.eval_meta_path, self.parse), encoder, seed)
+
+    def objective(self, model, resumed, processes):
+        """What the steps make small; ``resumed`` says whether the model is a checkpoint of this run."""
+        return CausalObjective()
 
     def order(self, dataset, data_args, args, processes):
         """The :class:`SampleOrder` of an epoch."""
@@ -217,7 +225,7 @@ def training_data(model, tokenizer, data_args, args, processes, recipe=None):
     recipe = recipe or ChatRecipe()
     dataset = recipe.dataset(model, tokenizer, data_args, args.seed)
     strict = data_args.use_packed_ds and data_args.strict_mode
-    collator = Collator(
+    collator = recipe.collator(
         pad_token_id=tokenizer.pad_token_id or 0,
         loss_reduction=data_args.loss_reduction,
         tiles_per_row=data_args.num_images_expected if strict else None,
@@ -260,11 +268,12 @@ def validation_data(model, tokenizer, data_args, args, processes, recipe=None):
     """This process's share of the held-out batches: a function that gives them anew, or None without --eval_meta_path."""
     if data_args.eval_meta_path is None:
         return None
-    dataset = (recipe or ChatRecipe()).validation(model, tokenizer, data_args, args.seed)
+    recipe = recipe or ChatRecipe()
+    dataset = recipe.validation(model, tokenizer, data_args, args.seed)
     batches = sequential_batches(len(dataset), args.per_device_eval_batch_size, processes.rank, processes.world)
     if args.max_evaluate_steps > 0:
         batches = batches[: args.max_evaluate_steps]
-    collator = Collator(tokenizer.pad_token_id or 0, blank_tile=args.sharding == "stage3")
+    collator = recipe.collator(tokenizer.pad_token_id or 0, blank_tile=args.sharding == "stage3")
     loader = BatchLoader(dataset, batches, collator, args.dataloader_num_workers)
     return lambda: iter(loader)
 
@@ -282,6 +291,7 @@ class Trainer:
         processes: :class:`~.processes.Processes`.
         total: steps of the whole run.
         decays, rates: see :class:`Optimizer`.
+        objective: what a step makes small; cross entropy by default.
 
     Attributes:
         optimizer: the :class:`Optimizer`.
@@ -290,8 +300,9 @@ class Trainer:
 
     write = staticmethod(save_model)
 
-    def __init__(self, model, parameters, args, processes, total, decays=None, rates=None):
+    def __init__(self, model, parameters, args, processes, total, decays=None, rates=None, objective=None):
         self.model, self.args, self.processes, self.total = model, args, processes, total
+        self.objective = objective or CausalObjective()
         self.optimizer = Optimizer(parameters, args, decays, rates)
         self.weights = ShardedWeights(model, self.optimizer) if self.optimizer.stage == 3 else None
         self.half = None if device.is_cpu() else args.half
@@ -301,13 +312,9 @@ class Trainer:
             return contextlib.nullcontext()
         return paddle.amp.auto_cast(level="O1", dtype=self.half)
 
-    def _loss(self, batch):
+    def _loss(self, batch, totals, update=True):
         with self._autocast():
-            return self.model(**{key: value for key, value in batch.items() if key not in ("names", "bad")}).loss
-
-    def weight(self, batch):
-        """How much a batch counts in the mean over all batches of all processes."""
-        return BatchStats(batch).weight
+            return self.objective.loss(self.model, batch, totals, update)
 
     def step(self, number, batches):
         """One update.
@@ -324,11 +331,10 @@ class Trainer:
         """
         # Dropout and stochastic depth are decided by the step, so that a resumed run goes on as the first would have.
         paddle.seed((self.args.seed * 1_000_003 + number) * 4099 + self.processes.rank)
-        weights = [self.weight(batch) for batch in batches]
-        (total,) = self.processes.sum([sum(weights)])
+        totals = self.processes.sum(np.sum([self.objective.weights(batch) for batch in batches], axis=0))
         losses = []
-        for batch, weight in zip(batches, weights):
-            loss = self._loss(batch) * (weight / total)
+        for batch in batches:
+            loss = self._loss(batch, totals)
             (loss * self.optimizer.loss_scale).backward()
             self.optimizer.accumulate()
             if self.weights:
@@ -356,12 +362,12 @@ class Trainer:
 
     @paddle.no_grad()
     def evaluate(self, batches):
-        """Mean loss over all labels of ``batches`` and of those of the other processes."""
+        """Mean loss over all labels (or pairs) of ``batches`` and of those of the other processes."""
         self.model.eval()
         loss = weight = 0.0
         for batch in batches if self.weights is None else self._in_step(batches):
-            own = BatchStats(batch).weight
-            loss, weight = loss + float(self._loss(batch)) * own, weight + own
+            own = self.objective.weights(batch)
+            loss, weight = loss + float(self._loss(batch, own, update=False)) * own[0], weight + own[0]
         train_mode(self.model)
         loss, weight = self.processes.sum([loss, weight])
         return loss / max(weight, 1.0)
@@ -421,7 +427,8 @@ def finetune(model_args, data_args, args, recipe=None):
     data, total = training_data(model, tokenizer, data_args, args, processes, recipe) if args.do_train else (None, 0)
     validation = validation_data(model, tokenizer, data_args, args, processes, recipe)
     rates = learning_rates(args, len(model.vision_model.encoder.layers))
-    trainer = Trainer(model, trained, args, processes, total, rates=rates)
+    objective = recipe.objective(model, bool(resumed), processes)
+    trainer = Trainer(model, trained, args, processes, total, rates=rates, objective=objective)
     trainer.write = recipe.save_model
     done, state = 0, None
     if resumed and args.do_train and not args.ignore_load_lr_and_optim:
@@ -429,6 +436,8 @@ def finetune(model_args, data_args, args, recipe=None):
         data.check(states[0])
         state = states[processes.rank] if processes.rank < len(states) else states[0]
         read_optimizer(resumed, trainer.optimizer)
+        if state.get("objective") is not None:
+            trainer.objective.load_state(state["objective"])
 
     log = TrainLog(args, total, done, processes.is_first)
     log.say(_summary(model, trainer, total, processes, dtype, half))
@@ -578,6 +587,7 @@ class _Run:
             "bad_samples": self.bad_samples.bad,
             "epoch": self.data.epoch(done),
         }
+        values |= self.trainer.objective.metrics(self.processes)
         if self.args.fp16:
             values["loss_scale"] = self.trainer.optimizer.loss_scale
         self.log.write(done, values)
@@ -588,7 +598,8 @@ class _Run:
         if self.validation is None:
             raise ConfigError("--eval_meta_path is missing: name the held-out data for the validation loss")
         loss = self.trainer.evaluate(map(self.bad_samples.take, self.validation()))
-        self.log.write(done, {"eval_loss": loss})
+        told = self.trainer.objective.metrics(self.processes, update=False)
+        self.log.write(done, {"eval_loss": loss, **{f"eval_{name}": value for name, value in told.items()}})
         self.log.say(f"step {done}: validation loss {loss:.4f}")
         self._reset()
 
@@ -597,7 +608,8 @@ class _Run:
         arrays = optimizer.state() if optimizer.stage or self.processes.is_first else None
 
         write = self.trainer.save(*self.origin)
-        self.checkpoints.save(done, write, arrays, self.data.state())
+        state = {**self.data.state(), "objective": self.trainer.objective.state()}
+        self.checkpoints.save(done, write, arrays, state)
         self._reset()
 
 

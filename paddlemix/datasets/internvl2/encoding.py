@@ -101,6 +101,8 @@ class SampleEncoder:
         TokenizerError: the tokenizer lacks the tokens for pictures. PromptError: there is no such template.
     """
 
+    answers = 1  # of a sample, which share its pictures
+
     def __init__(self, tokenizer, template, options):
         self.tokenizer, self.options = tokenizer, options
         self.template = get_template(template) if isinstance(template, str) else template

@@ -5,6 +5,7 @@ A family brings its configuration, which tells ``num_image_token``, ``image_size
 tower's output becomes features (``_extract_feature``) and a conversation token ids (``prompt_ids``).
 """
 
+import contextlib
 import hashlib
 
 import numpy as np
@@ -41,6 +42,7 @@ class ChatModel(nn.Layer):
     routes = False  # whether tiles may take a form of fewer tokens, by what else is in the prompt
     packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
     decodes_in_pages = False  # whether :mod:`~.decoding` knows how its pictures go into its prompts
+    _remembered = None  # outputs of a frozen tower by the pixels' identity
     source = None  # the Checkpoint that the weights were loaded from
 
     def __init__(self, config, projector):
@@ -105,7 +107,23 @@ class ChatModel(nn.Layer):
             features = paddle.concat(parts)
             return features if len(distinct) == len(places) else take_rows(features, places)
 
+    @contextlib.contextmanager
+    def remembering_patches(self):
+        """Within the block a frozen tower looks at the same tensor of pixels once; only the projector works again."""
+        self._remembered = {}
+        try:
+            yield
+        finally:
+            self._remembered = None
+
     def _patches(self, pixel_values):
+        if any(not parameter.stop_gradient for parameter in self.vision_model.parameters()) or self._remembered is None:
+            return self._computed_patches(pixel_values)
+        if id(pixel_values) not in self._remembered:
+            self._remembered[id(pixel_values)] = self._computed_patches(pixel_values)
+        return self._remembered[id(pixel_values)]
+
+    def _computed_patches(self, pixel_values):
         if self.vision_model.training:
             return self.vision_model(pixel_values, self.config.select_layer)
         # A frozen tower keeps no graph, so its tiles need not be in memory at once even where the rest is trained.
@@ -156,6 +174,7 @@ class ChatModel(nn.Layer):
         labels=None,
         loss_weight=None,
         segment_ids=None,
+        visual_features=None,
     ):
         """The loss where labels are given, and the logits of every position.
 
@@ -168,6 +187,7 @@ class ChatModel(nn.Layer):
             labels: ``[B, N]`` int64, -100 where nothing is to be learned; position ``n`` is predicted from those before it.
             loss_weight: ``[B, N]``, how much each label counts; None for all alike.
             segment_ids: ``[B, N]`` integers for rows that hold several samples: a token sees only its own sample's.
+            visual_features: ``[number of context tokens, D]`` in reading order, instead of ``pixel_values``.
 
         Returns:
             :class:`CausalLMOutput`; the loss is the weighted mean over labelled tokens, for which the logits of all
@@ -176,7 +196,7 @@ class ChatModel(nn.Layer):
         Raises:
             PromptError: context tokens and picture features differ in number.
         """
-        features, unused = None, None
+        features, unused = visual_features, None
         if pixel_values is not None:
             features = self.extract_feature(pixel_values)
             if image_flags is not None:

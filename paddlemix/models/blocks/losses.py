@@ -60,22 +60,53 @@ def chunked_causal_loss(head, hidden, labels, weight=None, chunk=512):
     labels = host_array(labels, "labels")
     if labels.shape != tuple(hidden.shape[:2]):
         raise PromptError(f"labels are {list(labels.shape)}, but the prompt is {list(hidden.shape[:2])}: they must be alike")
-    places = np.flatnonzero(labels[:, 1:] >= 0)
-    rows, columns = np.divmod(places, labels.shape[1] - 1)
-    targets = labels[rows, columns + 1].astype("int64")
+    rows, columns = _labelled(labels)
     if weight is None:
-        weight = np.ones(len(places), "float32")
+        weight = np.ones(len(rows), "float32")
     else:
         weight = host_array(weight, "loss_weight").astype("float32")[rows, columns + 1]
     if not weight.sum():
         return hidden.sum().astype("float32") * 0  # still reaches the parameters, as every rank must
+    return _weighted_losses(head, hidden, labels, (weight / weight.sum())[:, None], chunk).squeeze(0)
+
+
+def label_losses(head, hidden, labels, sequence, count, chunk=512):
+    """Sums of the cross entropy over the labels of each of several sequences.
+
+    Args:
+        head, hidden, labels, chunk: as of :func:`chunked_causal_loss`.
+        sequence: ``[B, N]`` integers, the sequence that a label belongs to.
+        count: how many sequences there are.
+
+    Returns:
+        ``[count]`` float32, 0 where nothing is labelled.
+    """
+    rows, columns = _labelled(labels)
+    if not len(rows):
+        return hidden.sum().astype("float32") * 0 + paddle.zeros([count])
+    shares = np.zeros([len(rows), count], "float32")
+    shares[np.arange(len(rows)), sequence[rows, columns + 1]] = 1
+    return _weighted_losses(head, hidden, labels, shares, chunk)
+
+
+def _labelled(labels):
+    """Rows and columns of the positions that predict a label."""
+    places = np.flatnonzero(labels[:, 1:] >= 0)
+    return np.divmod(places, labels.shape[1] - 1)
+
+
+def _weighted_losses(head, hidden, labels, shares, chunk):
+    """Sums of the cross entropy of the labels ``M``, weighted by ``shares [M, K]`` -> ``[K]`` float32."""
+    rows, columns = _labelled(labels)
+    targets = labels[rows, columns + 1].astype("int64")
+    places = rows
     flat = take_rows(hidden.reshape([-1, hidden.shape[-1]]), rows * labels.shape[1] + columns)
 
     def part(x, target, share):
         losses = F.cross_entropy(head(x).astype("float32"), target, reduction="none").squeeze(-1)
-        return (losses * share).sum()
+        return (losses.unsqueeze(-1) * share).sum(axis=0)
 
-    share = paddle.to_tensor(weight / weight.sum())
+    share = paddle.to_tensor(shares)
     targets = paddle.to_tensor(targets).unsqueeze(-1)
     # Paddle's kernel for CPU gives a finite cross entropy of logits that are NaN, as if all were alike.
     total = flat.astype("float32").sum() * 0
