@@ -31,6 +31,7 @@ COMMANDS = {
     "Train": {
         "finetune": Command("paddlemix.examples.internvl2.internvl_chat_finetune", "fine-tune on your data; --devices N"),
         "finetune-retrieval": Command("paddlemix.examples.internvl.finetune_retrieval", "fine-tune InternVL for retrieval"),
+        "mpo": Command("paddlemix.examples.internvl2.internvl_chat_mpo", "train on pairs of a chosen and a rejected answer"),
         "check-data": Command("paddlemix.datasets.internvl2.check", "check training data before hours are spent on it"),
         "plan": Command("paddlemix.training.plan", "how much memory a fine-tuning run takes"),
     },

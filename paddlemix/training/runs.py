@@ -8,7 +8,13 @@ from paddlemix.errors import ConfigError, TrainingError, UserError
 
 from .checkpoints import Checkpoints, read_optimizer, read_state
 from .log import TrainLog
-from .trainer import Sigterm, due
+from .objective import BatchObjective
+from .trainer import Sigterm, Trainer, due
+
+
+def BatchTrainer(loss, model, *arguments, **options):
+    """A :class:`~.trainer.Trainer` of ``loss``, a mean over a batch: see :class:`~.objective.BatchObjective`."""
+    return Trainer(model, *arguments, objective=BatchObjective(loss), **options)
 
 
 def steps_of(count, args, world):
