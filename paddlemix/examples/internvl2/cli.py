@@ -63,6 +63,9 @@ def make_parser(description):
     answer.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="texts that end the answer")
     answer.add_argument("--seed", type=int, default=None, help="with --do_sample: the same seed gives the same answer")
     answer.add_argument("--system_message", default=None, help="tell the model who it is (default: the checkpoint's own)")
+    answer.add_argument(
+        "--thinking", action="store_true", help="let InternVL3.5 think before it answers; the thought is printed apart"
+    )
     answer.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     answer.add_argument("--interactive", action="store_true", help="go on asking in the same conversation")
     return parser
@@ -74,7 +77,7 @@ def load_session(args):
 
     directory = prepare(args)
     model = InternVLChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine)
-    return ChatSession(model, load_tokenizer(directory), system_message=args.system_message)
+    return ChatSession(model, load_tokenizer(directory), system_message=args.system_message, thinking=args.thinking)
 
 
 def prepare(args):
@@ -112,7 +115,16 @@ def _ask(session, args, question, pixels=None, counts=None):
     names += ("num_beams", "num_return_sequences", "length_penalty")
     options = {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
     options["early_stopping"] = {"true": True, "false": False}.get(args.early_stopping, args.early_stopping)
+    thinks = getattr(session, "thinking", False)
+    if thinks:  # flags that were left alone take the values of the model's card
+        from paddlemix.models.blocks.thinking import SAMPLING
+
+        plain = {"do_sample": False, "temperature": 1.0, "max_new_tokens": 1024}
+        options |= {name: value for name, value in SAMPLING.items() if options[name] == plain[name]}
     pieces = session.stream(question, pixels, options, counts)
+    if thinks:
+        pieces = ["".join(pieces)]  # what was thought comes first
+        print(f"<think>\n{session.reasoning}\n</think>\n")
     if not (args.stream or args.interactive):
         pieces = ["".join(pieces)]
     for piece in pieces:

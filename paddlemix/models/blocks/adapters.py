@@ -15,7 +15,8 @@ RANKS = {"vision_model": "use_backbone_lora", "language_model": "use_llm_lora", 
 
 _ADAPTED = re.compile(
     r"vision_model\.encoder\.layers\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))\.(weight|bias)"
-    r"|(language_model|qllama)\.model\.layers\.\d+\.(self_attn\.(qkv|[qkvo])_proj|mlp\.(gate_up|gate|up|down)_proj)\.(weight|bias)"
+    r"|(language_model|qllama)\.model\.layers\.\d+\.(self_attn\.(qkv|[qkvo])_proj"
+    r"|mlp\.(experts\.\d+\.)?(gate_up|gate|up|down)_proj)\.(weight|bias)"
 )
 
 
@@ -45,9 +46,11 @@ def with_adapters(table, config):
         if not rank:
             extended.append(weight)
             continue
-        parts = tuple(part._replace(name=_wrapped(part.name, is_adapted(weight.name))) for part in weight.parts)
+        # Experts that are stacked in one tensor have no linear layer that an adapter could be on.
+        adapted = is_adapted(weight.name) and weight.parts[0].index is None
+        parts = tuple(part._replace(name=_wrapped(part.name, adapted)) for part in weight.parts)
         extended.append(weight._replace(parts=parts))
-        if is_adapted(weight.name) and weight.linear:
+        if adapted and weight.linear:
             extended += _adapters(weight, rank)
     return extended
 

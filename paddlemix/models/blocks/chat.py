@@ -11,6 +11,7 @@ import paddle
 
 from paddlemix.errors import PromptError
 
+from . import thinking
 from .conversation import IMAGE_PLACEHOLDER
 from .decoding.loop import Loop, positions_for
 from .decoding.scheduler import Picture
@@ -29,21 +30,25 @@ class ChatSession:
         system_message: who the model is told to be; None for ``model.system_message`` or, where that is None, what the
             checkpoint says. Either may be set between rounds.
         template: instead of the model's.
+        thinking: tell the model to think before it answers (InternVL3.5), as its card does; sampling is the card's where the
+            generation configuration does not say otherwise.
 
     Attributes:
-        history: all rounds so far.
+        history: all rounds so far, an answer being all that the next prompt needs of it: with a thought and channels.
+        reasoning: what was thought before the last answer, apart from it; '' where nothing was.
         cached_tokens: how many tokens of the last prompt were not computed again.
         answers: the last answer, and the others that ``num_return_sequences`` asked for, best first.
         marked_answer: the last answer with the ``<ref>`` and ``<box>`` marks that plain text leaves out.
     """
 
-    def __init__(self, model, tokenizer, history=None, system_message=None, template=None):
+    def __init__(self, model, tokenizer, history=None, system_message=None, template=None, thinking=False):
         model.set_tokenizer(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.system_message, self._template = system_message, template or model.template()
         self.history = [tuple(turn) for turn in history or []]
         self.cached_tokens = 0
         self.answers, self.marked_answer = [], ""
+        self.thinking, self.reasoning = thinking, ""
         self._features = []  # of each picture, [tiles * num_image_token, D], or RoutedTiles where tiles may be compact
         self._compact = np.zeros(0, bool)
         self._cache, self._ids = None, []  # keys and values, and the token ids that they belong to
@@ -51,6 +56,8 @@ class ChatSession:
     @property
     def template(self):
         """The template of the next prompt."""
+        if self.thinking and not self._template.channels and self.system_message is None:
+            return self._template.with_system_message(thinking.SYSTEM_MESSAGE)
         return self._template.with_system_message(self.model.system_message).with_system_message(self.system_message)
 
     def ask(self, question, pixel_values=None, generation_config=None, num_patches_list=None):
@@ -87,6 +94,8 @@ class ChatSession:
                 self._ids = []  # an earlier tile changes its size: what is cached holds another form of it
         else:
             counted = [f.shape[0] for f in self._features] + [tiles * per_tile for tiles in counts]
+        if self.thinking and not isinstance(generation_config, GenerationConfig):
+            generation_config = {**thinking.SAMPLING, **(generation_config or {})}
         ids = self.model.prompt_ids(self.tokenizer, self.template, [*self.history, (question, None)], counted)
         config = end_of_answer(generation_config, self.template, self.tokenizer, self.model)
         config = self.model.fit_context(config, len(ids))
@@ -99,7 +108,8 @@ class ChatSession:
             self.answers, tokens = [text for text, _ in answers], answers[0][1]
             yield self.answers[0]
         else:
-            stream = TextStream(self.tokenizer, config.stop_strings, self.template.cuts_at_stop)
+            splits = thinking.splits(self.template, self.thinking)
+            stream = _stream(self.tokenizer, config, self.template, splits)
             pieces, tokens = [], []
             for (token,) in self._generate(ids, features, config):
                 if token in config.eos_token_ids:
@@ -114,10 +124,12 @@ class ChatSession:
             if pieces[-1]:
                 yield pieces[-1]
             self.answers = ["".join(pieces)]
+            if splits:
+                self.reasoning, said = stream.reasoning, stream.said
         self._features = pictures
         if self.model.routes:
             self._compact = compact
-        self.history.append((question, self.answers[0]))
+        self.history.append((question, said if config.num_beams == 1 and splits else self.answers[0]))
         self.marked_answer = self.tokenizer.decode(tokens)
 
     def memory(self):
@@ -251,11 +263,13 @@ def batch_chat(
 
     config = end_of_answer(generation_config, template, tokenizer, model)
     config = model.fit_context(config, max(map(len, prompts)))
-    in_pages = config.num_beams == 1 and model.decodes_in_pages
+    in_pages = config.num_beams == 1 and model.decodes_in_pages and not template.channels
     given = (model, tokenizer, pixel_values, prompts, counts, config, template)
     answers = _answers_in_pages(*given) if in_pages and not model.routes else _answers_of_rows(*given, features)
     best = [row[0] for row in answers]
     answers = answers if config.num_return_sequences > 1 else best
+    if template.channels and config.num_beams == 1:  # (what is shown, what the next prompt needs)
+        answers, best = [answer for answer, _ in best], [said for _, said in best]
     histories = [turns + [(q, a)] for turns, q, a in zip(histories, questions, best)]
     return (answers, histories) if return_history else answers
 
@@ -299,7 +313,7 @@ def _answers_of_rows(model, tokenizer, pixel_values, prompts, counts, config, te
 
 def _streamed_answers(tokenizer, steps, rows, config, template):
     """The text of each row; no more steps are taken than the last of them needs."""
-    streams = [TextStream(tokenizer, config.stop_strings, template.cuts_at_stop) for _ in range(rows)]
+    streams = [_stream(tokenizer, config, template, template.channels) for _ in range(rows)]
     answers = ["" for _ in range(rows)]
     open_rows = set(range(rows))
     for tokens in steps:
@@ -312,7 +326,15 @@ def _streamed_answers(tokenizer, steps, rows, config, template):
                 open_rows.discard(row)
         if not open_rows:
             break
-    return [answer + stream.close() for answer, stream in zip(answers, streams)]
+    answers = [answer + stream.close() for answer, stream in zip(answers, streams)]
+    return [(answer, stream.said) for answer, stream in zip(answers, streams)] if template.channels else answers
+
+
+def _stream(tokenizer, config, template, splits):
+    """What turns ids into text, and keeps thoughts apart where answers have two parts."""
+    if splits:
+        return thinking.AnswerReader(tokenizer, template, config.stop_strings, template.cuts_at_stop)
+    return TextStream(tokenizer, config.stop_strings, template.cuts_at_stop)
 
 
 def _beam_answers(tokenizer, ids, config, template):

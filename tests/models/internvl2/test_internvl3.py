@@ -17,6 +17,7 @@ from paddlemix.kernels import cpu as kernels
 from paddlemix.models.blocks.experts import Dispatch
 from paddlemix.models.blocks.flops import decode_bytes, decoder_flops, parameter_counts
 from paddlemix.models.blocks.language import KVCache
+from paddlemix.models.blocks.lora import merge_lora, wrap_llm_lora
 from paddlemix.models.internvl2 import ChatSession, InternVLChatConfig, InternVLChatModel, get_template, load_tokenizer
 from paddlemix.models.internvl2.conversation import encode_conversations
 from tests.conftest import REFERENCE, assert_close
@@ -277,6 +278,33 @@ def test_idle_experts_get_gradients_of_zero(recompute):
     norms = [float(expert.down_proj.weight.grad.norm()) for expert in experts]
     assert any(norm == 0 for norm in norms) and any(norm > 0 for norm in norms)
     assert float(model.language_model.model.layers[0].mlp.gate.weight.grad.norm()) > 0
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_attention_and_experts_learn_and_come_back(tmp_path, family):
+    reference = load(family)
+    model = InternVLChatModel(InternVLChatConfig.from_pretrained(reference.path))
+    model.set_state_dict(reference.model.state_dict())
+    wrap_llm_lora(model, 4, dropout=0.0)
+    model.train()
+    ids = reference.arrays["lm_input_ids"]
+    trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient and ".lora_" in name}
+    on_experts = [name for name in trained if ".experts." in name]
+    assert bool(on_experts) == (family == "qwen3_moe")  # gpt-oss has its experts stacked: attention alone
+    optimiser = paddle.optimizer.SGD(0.1, parameters=list(trained.values()))
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimiser.step()
+        optimiser.clear_grad()
+    model.eval()
+    with paddle.no_grad():
+        learned = model(input_ids=ids).logits
+        model.save_pretrained(str(tmp_path))
+        again = InternVLChatModel.from_pretrained(str(tmp_path), dtype="float32", engine="eager")
+        assert_close(again(input_ids=ids).logits, learned, 1e-5)
+        assert np.abs(learned.numpy() - reference.arrays["lm_logits"]).max() > 1e-2
+        merge_lora(again)
+        assert_close(again(input_ids=ids).logits, learned, 1e-4)
 
 
 # ---------------------------------------------------------------------- counts
