@@ -55,6 +55,34 @@ _PUBLISHED = {
     "InternVL2_5-38B": (_VIT_6B, "Qwen2", 5120, 64, 40, 8, 27648, 151674),
     "InternVL2_5-78B": (_VIT_6B, "Qwen2", 8192, 80, 64, 8, 29568, 151674),
 }
+# Known to a plan, and not in the table of memory yet.
+_LATER = {
+    "InternVL3-1B": (_VIT_300M, "Qwen2", 896, 24, 14, 2, 4864, 151674),
+    "InternVL3-2B": (_VIT_300M, "Qwen2", 1536, 28, 12, 2, 8960, 151674),
+    "InternVL3-8B": (_VIT_300M, "Qwen2", 3584, 28, 28, 4, 18944, 151674),
+    "InternVL3-9B": (_VIT_300M, "InternLM3", 4096, 48, 32, 2, 10240, 128512),
+    "InternVL3-14B": (_VIT_300M, "Qwen2", 5120, 48, 40, 8, 13824, 151674),
+    "InternVL3-38B": (_VIT_6B, "Qwen2", 5120, 64, 40, 8, 27648, 151674),
+    "InternVL3-78B": (_VIT_6B, "Qwen2", 8192, 80, 64, 8, 29568, 151674),
+    "InternVL3_5-1B": (_VIT_300M, "Qwen3", 1024, 28, 16, 8, 3072, 151936),
+    "InternVL3_5-2B": (_VIT_300M, "Qwen3", 2048, 28, 16, 8, 6144, 151936),
+    "InternVL3_5-4B": (_VIT_300M, "Qwen3", 2560, 36, 32, 8, 9728, 151936),
+    "InternVL3_5-8B": (_VIT_300M, "Qwen3", 4096, 36, 32, 8, 12288, 151936),
+    "InternVL3_5-14B": (_VIT_300M, "Qwen3", 5120, 40, 40, 8, 17408, 151936),
+    "InternVL3_5-38B": (_VIT_6B, "Qwen3", 5120, 64, 64, 8, 25600, 151936),
+    "InternVL3_5-30B-A3B": (_VIT_300M, "Qwen3Moe", 2048, 48, 32, 4, 6144, 151936),
+    "InternVL3_5-241B-A28B": (_VIT_6B, "Qwen3Moe", 4096, 94, 64, 4, 12288, 151936),
+    "InternVL3_5-GPT-OSS-20B-A4B-Preview": (_VIT_300M, "GptOss", 2880, 24, 64, 8, 2880, 200028),
+}
+# What else the shapes depend on.
+_MORE = {
+    "Qwen3": {"head_dim": 128},
+    "Qwen3Moe": {"head_dim": 128, "norm_topk_prob": True},
+    "InternLM3": {"head_dim": 128},
+    "GptOss": {"head_dim": 64, "num_local_experts": 32},
+    "InternVL3_5-30B-A3B": {"moe_intermediate_size": 768},
+    "InternVL3_5-241B-A28B": {"moe_intermediate_size": 1536},
+}
 # Earlier models, and what each is put together from: (vision tower, language model).
 _EARLIER = {
     "InternVL-Chat-V1-2": (_VIT_6B, "Llama", 7168, 60, 56, 8, 20480, 64009),
@@ -74,12 +102,12 @@ _PARTS = {
     "internvl_chat_v1_5_internlm2_1_8b_dynamic_res_pretrain": "Mini-InternVL-Chat-2B-V1-5",
     "internvl_chat_v1_5_phi3_3_8b_dynamic_res_pretrain": "Mini-InternVL-Chat-4B-V1-5",
 }
-PUBLISHED = tuple(_PUBLISHED)
+PUBLISHED, LATER = tuple(_PUBLISHED), tuple(_LATER)
 
 
 def published_config(name):
-    """Sizes of a published model, as a configuration; ``name`` is one of :data:`PUBLISHED`, or an earlier one."""
-    vision, family, hidden, layers, heads, kv_heads, mlp, vocabulary = {**_PUBLISHED, **_EARLIER}[name]
+    """Sizes of a published model, as a configuration; ``name`` is one of :data:`PUBLISHED`, or another one's."""
+    vision, family, hidden, layers, heads, kv_heads, mlp, vocabulary = {**_PUBLISHED, **_LATER, **_EARLIER}[name]
     llm = {
         "architectures": [f"{family}ForCausalLM"],
         "hidden_size": hidden,
@@ -89,6 +117,8 @@ def published_config(name):
         "intermediate_size": mlp,
         "vocab_size": vocabulary,
         "bias": False,
+        **_MORE.get(family, {}),
+        **_MORE.get(name, {}),
     }
     return InternVLChatConfig.from_dict({"vision_config": vision, "llm_config": llm, "use_thumbnail": True, "ps_version": "v2"})
 
@@ -505,7 +535,7 @@ def read_config(model_args):
     whole = model_args.model_name_or_path
     name = os.path.basename(os.path.normpath(whole or model_args.llm_path))
     known = _PARTS.get(name.lower(), name)
-    if not os.path.isdir(whole or model_args.llm_path) and known in {**_PUBLISHED, **_EARLIER}:
+    if not os.path.isdir(whole or model_args.llm_path) and known in {**_PUBLISHED, **_LATER, **_EARLIER}:
         return published_config(known)
     if whole is None:
         raise ConfigError("the plan needs a whole model: set --model_name_or_path")

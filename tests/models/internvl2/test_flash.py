@@ -38,7 +38,7 @@ def test_features_and_gates_equal_the_original(engine):
         assert_close(model(input_ids=arrays["lm_input_ids"]).logits, arrays["lm_logits"])
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [pytest.param(e, marks=[pytest.mark.slow] * (e != "eager")) for e in ENGINES])
 def test_chats_equal_the_original(engine):
     reference = load("flash", engine)
     for chat in reference.expected["chats"]:
@@ -52,6 +52,7 @@ def test_chats_equal_the_original(engine):
         assert session._compact.tolist() == (chat.get("compressed") or [])
 
 
+@pytest.mark.slow
 def test_token_ids_with_all_context_tokens_are_shortened(flash):
     model, tokenizer = flash.model, flash.tokenizer
     for chat in flash.expected["chats"][:1] + flash.expected["chats"][2:3]:

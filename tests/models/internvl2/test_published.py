@@ -9,6 +9,7 @@ import pytest
 from paddlemix.errors import ConfigError
 from paddlemix.models.blocks.flops import parameter_counts
 from paddlemix.models.internvl2 import InternVLChatConfig, published_shapes
+from paddlemix.training.plan import LATER, published_config
 from tests.conftest import REFERENCE
 
 MODELS = json.loads((REFERENCE / "internvl3" / "models.json").read_text())
@@ -42,6 +43,8 @@ def test_names_and_shapes_are_those_of_the_original(name):
         assert len(shapes) == model[prefix + "tensors"]
         assert sum(map(math.prod, shapes.values())) == model[prefix + "parameters"]
         assert hashlib.sha256(lines.encode()).hexdigest() == model[prefix + "sha256"]
+    if name in LATER:  # the same sizes, as the plan knows them
+        assert published_shapes(published_config(name)) == published_shapes(config)
     counts = parameter_counts(config)
     assert sum(counts.values()) == model["parameters"]
     assert counts["vision"] == model["vision_parameters"]
