@@ -264,12 +264,13 @@ def _ask_with_processes(task, settings, work, write):
         raise ConfigError(f"no process could go on: {problem}; what was answered is kept, the same command goes on")
 
 
-def run_task(task, settings, out_dir, resume=True, model=None, digest=None, progress=True):
+def run_task(task, settings, out_dir, resume=True, model=None, digest=None, progress=True, judge=None):
     """Ask all questions of a task, and score the answers.
 
     Args:
         model: what answers, with the methods of :class:`LocalModel`; None loads ``settings.model``.
         digest: of the model, for ``run.json``.
+        judge: (url, model) of the judge, for tasks that need one.
 
     Returns:
         What ``score.json`` holds.
@@ -310,10 +311,17 @@ def run_task(task, settings, out_dir, resume=True, model=None, digest=None, prog
             else:
                 model = model or LocalModel.load(settings)
                 ask(model, task, batches(found, folder.done, model.batch_size(task)), write)
-    return conclude(task, folder.finish(), folder.directory)
+    rows, problems = folder.finish(), []
+    if judge and task.prediction_key == "review":
+        from .judge import review
+
+        reviewed, problems = review(task, rows, folder.directory, *judge)
+        reviews = {row["index"]: row for row in reviewed}
+        rows = [reviews.get(row["index"], row) for row in rows]
+    return conclude(task, rows, folder.directory, problems, judge)
 
 
-def conclude(task, rows, directory):
+def conclude(task, rows, directory, problems=(), judge=None):
     """Score the rows of a run and write ``score.json`` and the server's file."""
     from .submissions import write_submission
 
@@ -324,7 +332,11 @@ def conclude(task, rows, directory):
     result["empty"] = sum(not row["answer"].strip() for row in answered)
     result["cut"] = sum(bool(row.get("cut")) for row in answered)
     result["failures"] = [{"id": row["id"], "error": row["error"]} for row in failed[:100]]
-    if task.scorer is not None and answered and (task.prediction_key == "answer" or all("review" in r for r in answered)):
+    if judge and task.prediction_key == "review":
+        result |= {"judge": judge[1], "judge_prompt": "the package's own short one", "not_judged": list(problems)}
+    if task.prediction_key == "review":
+        answered = [row for row in answered if "review" in row]
+    if task.scorer is not None and answered:
         references = [{"id": row["id"], **row["reference"]} for row in answered]
         result["score"], each = score(task, answered, references, each=True)
         result |= {"metric": task.metric, "mean_interval": interval(each)}

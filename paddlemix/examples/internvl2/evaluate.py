@@ -38,6 +38,10 @@ def make_parser():
     add("--subtask", default=None, help="of mme-realworld (default: Autonomous_Driving)")
     add("--device", default="auto", help="auto, cpu, gpu, npu or another Paddle device (default: auto)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights (default: auto)")
+    add("--judge_url", default=None, help="OpenAI-compatible server of a judge, for llava-bench, mmhal, mmvet")
+    add("--judge_model", default=None, help="the judge's name there; the key is OPENAI_API_KEY of the environment")
+    add("--url", default=None, help="ask an OpenAI-compatible server in place of a local model")
+    add("--url_model", default="default", help="the model's name there (default: %(default)s)")
     add("--no_resume", action="store_true", help="begin anew; what is there is moved aside")
     return parser
 
@@ -58,6 +62,9 @@ def main(argv=None):
         parser.error("--batch_size, --processes and --limit must be positive")
     if args.max_num is not None and args.max_num < 1:
         parser.error("--max_num must be at least 1")
+    if bool(args.judge_url) != bool(args.judge_model):
+        parser.error("--judge_url and --judge_model belong together")
+    judge = (args.judge_url, args.judge_model) if args.judge_url else None
     tasks = select(args.task) if args.task else []
     if args.task_file:
         from paddlemix.evaluation.own import task_of_file
@@ -70,19 +77,23 @@ def main(argv=None):
     from paddlemix.evaluation.runner import LocalModel, Settings, model_digest, run_task
 
     names = "data_root dynamic max_num batch_size limit shuffle_seed cot temperature seed device dtype".split()
-    directory = resolve(args.model_name_or_path)
+    directory = args.url or resolve(args.model_name_or_path)
     settings = Settings(
         model=str(directory),
         processes=1 if args.auto else args.processes,
         num_beams=1 if args.dynamic else args.num_beams,
         **{name: getattr(args, name) for name in names},
     )
-    digest, model, bad = model_digest(directory), None, False
+    digest, model, bad = None if args.url else model_digest(directory), None, False
+    if args.url:
+        from paddlemix.evaluation.judge import Server
+
+        model, digest = Server(args.url, args.url_model, settings), f"{args.url_model} at {args.url}"
     for task in tasks:
         if settings.processes == 1 and model is None:
             model = LocalModel.load(settings)
         try:
-            result = run_task(task, settings, args.out_dir, not args.no_resume, model, digest)
+            result = run_task(task, settings, args.out_dir, not args.no_resume, model, digest, judge=judge)
         except UserError as error:
             if len(tasks) == 1:
                 raise
@@ -90,7 +101,7 @@ def main(argv=None):
             bad = True
             continue
         report(result)
-        bad = bad or result["failed"] > 0
+        bad = bad or result["failed"] > 0 or bool(result.get("not_judged"))
     if bad:
         raise SystemExit(1)
 

@@ -12,7 +12,6 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from paddlemix.datasets.records import read_meta
@@ -75,31 +74,33 @@ def evaluate(directory, meta_paths, limit=None, device="cpu"):
     Returns:
         For each meta file a dictionary ``{task: (right, asked)}``, and a list of wrong answers (task, question, answer, truth).
     """
-    from paddlemix import device as devices
-    from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
-    from paddlemix.processors.image import load_image
+    from paddlemix.evaluation.rows import Question
+    from paddlemix.evaluation.runner import LocalModel, Settings, ask, batches
+    from paddlemix.evaluation.tasks import Task
 
-    devices.set_device(device)
-    model, tokenizer = InternVLChatModel.from_pretrained(directory), load_tokenizer(directory)
+    model = LocalModel.load(Settings(model=str(directory), batch_size=BATCH, device=device))
+    task = Task("demo", read_questions, None, "", max_new_tokens=96, min_new_tokens=0)
     tables, wrong = [], []
     for meta_path in meta_paths:
-        # Answers of similar length together: a batch goes on until its last one ends.
-        questions = sorted(read_questions(meta_path)[:limit], key=lambda q: (len(q[3]), q[0], q[1]))
+        questions = read_questions(meta_path)[:limit]
         right, asked = collections.Counter(), collections.Counter()
-        for start in tqdm(range(0, len(questions), BATCH), desc=Path(meta_path).stem, unit="batch", disable=None):
-            batch = questions[start : start + BATCH]
-            pixels = np.concatenate([load_image(path, model.config.image_size, max_num=1) for q in batch for path in q[3]])
-            counts = [[1] * len(q[3]) for q in batch]
-            answers = model.batch_chat(
-                tokenizer, pixels, [q[1] for q in batch], dict(max_new_tokens=96), num_patches_list=counts
-            )
-            for (task, question, truth, _), answer in zip(batch, answers):
-                asked[task] += 1
-                if is_right(task, answer, truth):
-                    right[task] += 1
-                else:
-                    wrong.append((task, question, answer, truth))
-        tables.append({task: (right[task], asked[task]) for task in sorted(asked)})
+        found = [Question(i, question, tuple(paths)) for i, (_, question, _, paths) in enumerate(questions)]
+        with tqdm(total=len(found), desc=Path(meta_path).stem, unit="question", disable=None) as bar:
+
+            def write(rows, questions=questions, right=right, asked=asked, bar=bar):
+                bar.update(len(rows))
+                for row in rows:
+                    if "error" in row:
+                        raise DataError(row["error"])
+                    kind, question, truth, _ = questions[row["index"]]
+                    asked[kind] += 1
+                    if is_right(kind, row["answer"], truth):
+                        right[kind] += 1
+                    else:
+                        wrong.append((kind, question, row["answer"], truth))
+
+            ask(model, task, batches(found, {}, BATCH), write)
+        tables.append({kind: (right[kind], asked[kind]) for kind in sorted(asked)})
     return tables, wrong
 
 
