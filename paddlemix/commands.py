@@ -24,6 +24,8 @@ COMMANDS = {
         "chat": Command("paddlemix.examples.internvl2.chat_demo", "ask about pictures"),
         "minimonkey": Command("paddlemix.examples.minimonkey.chat_demo_minimonkey", "ask Mini-Monkey about a document"),
         "video": Command("paddlemix.examples.internvl2.chat_demo_video", "ask about a video"),
+        "serve": Command("paddlemix.serving.__main__", "an OpenAI-compatible server", "serving"),
+        "client": Command("paddlemix.serving.cli", "ask a server from the terminal", "serving"),
         "search": Command("paddlemix.examples.internvl.search", "find pictures by words or by a picture"),
         "embed": Command("paddlemix.examples.internvl.embed", "features of pictures or texts as arrays"),
         "caption": Command("paddlemix.examples.internvl.caption", "describe pictures (InternVL-G)"),

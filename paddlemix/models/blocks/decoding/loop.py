@@ -77,14 +77,27 @@ class Loop:
         chunk: tokens of a prompt at once, a multiple of the page size; None for :func:`chunk_size`.
         image_cache: bytes of features of pictures to keep for later.
         vision_adapters: attached adapters that are of the vision tower too.
+        longest: most positions of a sequence; None for what the model's context and the cache allow.
     """
 
-    def __init__(self, model, tokenizer, positions, max_seqs=16, page_size=16, chunk=None, image_cache=0, vision_adapters=()):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        positions,
+        max_seqs=16,
+        page_size=16,
+        chunk=None,
+        image_cache=0,
+        vision_adapters=(),
+        longest=None,
+    ):
         self.model, self.tokenizer = model, tokenizer
         self.table = PageTable(1 + -(-positions // page_size), page_size)
         self.scheduler = Scheduler(self.table, max_seqs, chunk or chunk_size(model.language_model))
         self.stepper = Stepper(model.language_model, self.table, model.language_model.embed(paddle.to_tensor([0])).dtype)
         self.tower = Tower(model, image_cache, vision_adapters)
+        self.longest = min(longest or self.positions, model.config.llm_config.context_length, self.positions)
         self._turn = 0
 
     @property
@@ -103,7 +116,7 @@ class Loop:
         Raises:
             PromptError: the prompt leaves no room.
         """
-        limit = min(self.model.config.llm_config.context_length, self.positions)
+        limit = self.longest
         if len(ids) >= limit:
             raise PromptError(
                 f"the prompt has {len(ids)} tokens but the model's context is {limit}: "

@@ -1,0 +1,229 @@
+"""Pictures and clips from outside: data URLs always, other places only as far as the operator allows."""
+
+import base64
+import binascii
+import hashlib
+import http.client
+import io
+import ipaddress
+import os
+import re
+import socket
+import ssl
+import stat
+import tempfile
+import time
+import urllib.parse
+from dataclasses import dataclass
+
+import numpy as np
+
+from paddlemix.errors import ImageError, VideoError
+
+from .protocol import RequestError
+
+__all__ = ["Media", "MediaRules"]
+
+_DATA = re.compile(r"data:(image|video)/[\w.+-]*((?:;[\w.+=-]*)*),", re.A | re.I)
+_REDIRECTS = 5
+_MAX_PIXELS = 64_000_000  # of a picture from outside: more than any tiling uses, and 200 MB decoded
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
+
+
+@dataclass(frozen=True)
+class MediaRules:
+    """What the operator allows."""
+
+    domains: tuple = ()
+    private: bool = False
+    local: str | None = None
+    timeout: float = 10
+    max_bytes: int = 32 << 20
+    max_num: int | None = None
+    num_segments: int = 8
+
+
+class Media:
+    """Reads media as a checkpoint wants them.
+
+    Args:
+        config: the checkpoint's configuration.
+        rules: :class:`MediaRules`.
+    """
+
+    def __init__(self, config, rules):
+        self.config, self.rules = config, rules
+
+    def picture(self, url, detail=None, max_num=None):
+        """(digest, tiles ``[T, 3, H, W]``) of a picture.
+
+        Raises:
+            RequestError: it is not allowed, cannot be had, or is no picture.
+        """
+        from paddlemix.processors.internvl2.image import load_image
+
+        data, config = self._read(url, "image"), self.config
+        limit = self.rules.max_num or config.max_dynamic_patch
+        most = 1 if detail == "low" else min(max_num or limit, limit)
+        try:
+            self._check(data)
+            tiles = load_image(
+                data,
+                input_size=config.image_size,
+                min_num=min(config.min_dynamic_patch, most),
+                max_num=most,
+                use_thumbnail=config.use_thumbnail,
+                pad2square=config.pad2square,
+                dynamic=config.dynamic_image_size,
+            )
+        except ImageError as error:
+            raise RequestError(f"the picture cannot be used: {_without_inside(error)}", param="messages") from None
+        return _digest(tiles), tiles
+
+    def frames(self, url):
+        """The same for each frame of a clip, a list."""
+        from paddlemix.processors.internvl2.video import load_video
+
+        data, path = self._read(url, "video"), None
+        try:
+            with tempfile.NamedTemporaryFile(prefix="paddlemix-clip-", delete=False) as file:  # readable by us alone
+                path = file.name
+                file.write(data)
+            pixels, counts = load_video(path, input_size=self.config.image_size, num_segments=self.rules.num_segments)
+        except (VideoError, ImageError) as error:
+            text = _without_inside(error).replace(path or "", "the clip")
+            raise RequestError(f"the clip cannot be used: {text}", param="messages") from None
+        finally:
+            if path:
+                os.unlink(path)
+        edges = np.cumsum([0, *counts])
+        return [(_digest(pixels[a:b]), pixels[a:b]) for a, b in zip(edges, edges[1:])]
+
+    def _check(self, data):
+        """Format and size from the header, before anything is decoded."""
+        from PIL import Image
+
+        try:
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+                width, height = opened.size
+        except Image.DecompressionBombError:
+            raise ImageError(f"it has more than {_MAX_PIXELS} pixels; make it smaller") from None
+        except Exception:  # a damaged header may raise anything
+            raise ImageError("it is not a PNG, JPEG, WebP, GIF, BMP or TIFF") from None
+        if width * height > _MAX_PIXELS:
+            raise ImageError(f"it has {width}x{height} pixels, more than {_MAX_PIXELS}; make it smaller")
+
+    def _read(self, url, kind):
+        if url[:5].lower() == "data:":
+            return self._decode(url, kind)
+        scheme = url.partition(":")[0].lower()
+        if scheme == "file":
+            return self._local(url)
+        if scheme in ("http", "https"):
+            return self._fetch(url)
+        raise RequestError(
+            f"a {kind}'s url must be a data URL, or http(s) or file where the server allows it", param="messages"
+        )
+
+    def _decode(self, url, kind):
+        match = _DATA.match(url[:200])
+        if not match or match[1].lower() != kind or ";base64" not in match[2].lower():
+            raise RequestError(f"a data URL of a {kind} must begin with data:{kind}/...;base64,", param="messages")
+        if (len(url) - match.end()) * 3 // 4 > self.rules.max_bytes:
+            raise RequestError(f"the {kind} is larger than {self.rules.max_bytes >> 20} MB", param="messages")
+        try:
+            return base64.b64decode(url[match.end() :].encode("ascii"), validate=True)
+        except (binascii.Error, ValueError):
+            raise RequestError(f"the data URL of a {kind} is not valid base64", param="messages") from None
+
+    def _local(self, url):
+        refused = RequestError("this server reads no such local file", param="messages")
+        if self.rules.local is None:
+            raise RequestError("this server reads no local files: send a data URL", param="messages")
+        parts = urllib.parse.urlsplit(url)
+        path = os.path.realpath(urllib.parse.unquote(parts.path).replace("\0", ""))
+        root = os.path.realpath(self.rules.local)
+        if parts.netloc not in ("", "localhost") or os.path.commonpath([root, path]) != root:
+            raise refused
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        except OSError:
+            raise refused from None
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(descriptor)
+            raise refused
+        with os.fdopen(descriptor, "rb") as file:
+            if status.st_size > self.rules.max_bytes:
+                raise RequestError(f"the file is larger than {self.rules.max_bytes >> 20} MB", param="messages")
+            return file.read(self.rules.max_bytes + 1)
+
+    def _fetch(self, url):
+        if not self.rules.domains:
+            raise RequestError("this server fetches nothing: send a data URL", param="messages")
+        deadline = time.monotonic() + self.rules.timeout
+        try:
+            for _ in range(_REDIRECTS + 1):
+                data, url = self._get(url, deadline)
+                if data is not None:
+                    return data
+        except (OSError, http.client.HTTPException, ValueError):
+            raise RequestError("the url could not be fetched", param="messages") from None
+        raise RequestError("the url redirects too often", param="messages")
+
+    def _get(self, url, deadline):
+        """One request: (data, None), or (None, where it is redirected to)."""
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").lower()
+        if parts.scheme not in ("http", "https") or host not in {d.lower() for d in self.rules.domains} or parts.username:
+            raise RequestError("this server does not fetch from there", param="messages")
+        secure = parts.scheme == "https"
+        port = parts.port or (443 if secure else 80)
+        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+        number = ipaddress.ip_address(address.partition("%")[0])
+        number = getattr(number, "ipv4_mapped", None) or number
+        if not self.rules.private and (not number.is_global or number.is_multicast):
+            raise RequestError("this server does not fetch from private addresses", param="messages")
+
+        def left():
+            seconds = deadline - time.monotonic()
+            if seconds <= 0:
+                raise RequestError("the url took too long to fetch", param="messages")
+            return seconds
+
+        raw = socket.create_connection((address, port), timeout=left())
+        try:
+            if secure:
+                raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+            connection = http.client.HTTPConnection(host, port)
+            connection.sock = raw
+            path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
+            raw.settimeout(left())
+            connection.request("GET", path, headers={"Accept": "image/*, video/*", "User-Agent": "paddlemix"})
+            response = connection.getresponse()
+            if response.status in (301, 302, 303, 307, 308):
+                return None, urllib.parse.urljoin(url, response.getheader("Location") or "")
+            if response.status != 200:
+                raise RequestError(f"the url answers with status {response.status}", param="messages")
+            data = bytearray()
+            while True:
+                raw.settimeout(left())
+                piece = response.read1(65536)
+                if not piece:
+                    return bytes(data), None
+                data += piece
+                if len(data) > self.rules.max_bytes:
+                    raise RequestError(f"the url holds more than {self.rules.max_bytes >> 20} MB", param="messages")
+        except TimeoutError:
+            raise RequestError("the url took too long to fetch", param="messages") from None
+        finally:
+            raw.close()
+
+
+def _digest(tiles):
+    return hashlib.blake2b(np.ascontiguousarray(tiles), digest_size=16).digest()
+
+
+def _without_inside(error):
+    """The sentence without what Pillow says of objects in memory."""
+    return re.sub(r"<[^>]*object at [^>]*>|BytesIO\S*", "it", str(error))[:200]
