@@ -54,7 +54,7 @@ class GenerationConfig:
         eos_token_id: id or ids that end an answer; chat sets it from the template.
         pad_token_id: what fills a finished row of a batch; by default the first end-of-answer token.
         stop_strings: texts that end an answer; they are not part of it.
-        seed: of the random draws, any integer; None for a different answer each time.
+        seed: of the random draws; None for a different answer each time.
         min_p: draw from tokens that are at least this share as likely as the likeliest; 0 for all.
         max_length: longest prompt and answer together, in tokens, where max_new_tokens is not said; None for no such bound.
         min_length: shortest prompt and answer together, in tokens.
