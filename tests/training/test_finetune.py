@@ -317,13 +317,7 @@ def test_loss_that_is_no_number_ends_the_run(tmp_path, monkeypatch):
 
     def step(self, number, batches):
         if number == 2:
-            for batch in batches:
-                batch["pixel_values"] = (
-                    np.full([1, 3, 112, 112], np.nan, "float32")
-                    if "pixel_values" not in batch
-                    else batch["pixel_values"] * np.nan
-                )
-                batch.setdefault("image_flags", np.zeros(1, "int64"))
+            self.model.language_model.model.norm.register_forward_post_hook(lambda *given: given[-1] * np.nan)
         return original(self, number, batches)
 
     monkeypatch.setattr(trainer_module.Trainer, "step", step)

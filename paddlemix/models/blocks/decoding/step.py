@@ -11,6 +11,7 @@ of adding by that number, and an answer must not depend on who else is there.
 
 import numpy as np
 import paddle
+from paddle.nn import functional as F
 
 from paddlemix import device
 
@@ -66,7 +67,8 @@ class PagesView:
         for store, new in ((self._cache.keys[layer], k), (self._cache.values[layer], v)):
             new = new.astype(store.dtype) if new.dtype != store.dtype else new
             paddle.scatter_(store, self._new, new.reshape([-1, *store.shape[1:]]), overwrite=True)
-            seen = paddle.gather(store, self._seen)
+            # By embedding, the one lookup that every backend has natively in every dtype.
+            seen = F.embedding(self._seen, store.reshape([store.shape[0], -1]))
             seen = seen.astype(k.dtype) if k.dtype != store.dtype else seen
             out.append(seen.reshape([*self._shape, *store.shape[1:]]))
         return out
