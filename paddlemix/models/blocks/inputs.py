@@ -20,9 +20,9 @@ def as_tiles(pixels, name="pixel_values"):
     Raises:
         PromptError: another dtype or shape.
     """
-    tensor = isinstance(pixels, paddle.Tensor)
-    if not (pixels.is_floating_point() if tensor else pixels.dtype.kind == "f"):
-        dtype = str(pixels.dtype).removeprefix("paddle.")
+    tensor = not isinstance(pixels, np.ndarray)  # of a program that is being built, too, which isinstance() does not tell
+    dtype = str(pixels.dtype).removeprefix("paddle.")
+    if not (dtype in ("float64", "float32", "float16", "bfloat16") if tensor else pixels.dtype.kind == "f"):
         bits = "the bits of bfloat16? convert the tensor to float32 first; or " if dtype == "uint16" else ""
         raise PromptError(
             f"{name} is {dtype}, but models take normalised floating point pixels: {bits}load the picture with load_image"
