@@ -140,4 +140,4 @@ class MiniMonkeySession(ChatSession):
                 tokens = next(steps, None)
             if tokens is None:
                 return
-            yield int(tokens[0])
+            yield tokens
