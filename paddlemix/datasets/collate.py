@@ -62,7 +62,7 @@ class Collator:
         joined = [{key: np.concatenate([part[key] for part in row]) for key in row[0]} for row in parts]
         length = max(len(row["input_ids"]) for row in joined)
         padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
-        batch = {key: np.stack([_padded(row[key], length, padding.get(key, 0)) for row in joined]) for key in joined[0]}
+        batch = {key: np.stack([padded(row[key], length, padding.get(key, 0)) for row in joined]) for key in joined[0]}
         batch.update(self._tiles(samples, len(rows)))
         batch["names"] = [sample["name"] for sample in samples]
         batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
@@ -98,5 +98,6 @@ class Collator:
         return {"pixel_values": np.concatenate(pixels), "image_flags": np.concatenate(flags)}
 
 
-def _padded(values, length, filling):
+def padded(values, length, filling):
+    """``values [N]`` with ``filling`` behind them, ``[length]``."""
     return np.pad(values, (0, length - len(values)), constant_values=filling)

@@ -4,17 +4,16 @@ Three forms of a row are read: ``question``, ``chosen``, ``rejected`` and ``imag
 the chosen one, and ``rejected_response``; ``prompt``, ``chosen``, ``rejected`` and ``images``, as other trainers have them.
 """
 
-import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
 from paddlemix.errors import DataError
-from paddlemix.models.blocks.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, encode_conversations
+from paddlemix.models.blocks.conversation import IGNORE_INDEX, encode_conversations
 
-from .collate import Collator, _padded
-from .internvl2.encoding import SampleEncoder, _marked
-from .records import Record, parse_record
+from .collate import Collator, padded
+from .internvl2.encoding import SampleEncoder, marked
+from .records import Record, load_object, read_record
 
 
 @dataclass(frozen=True)
@@ -36,52 +35,49 @@ def parse_preference(line, root=""):
     Raises:
         DataError: what is wrong, without saying where.
     """
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        parse_record(line, root)  # says what is wrong with it
-        raise DataError("is not valid JSON: write one object in each line") from None
-    if not isinstance(row, dict):
-        raise DataError("holds no JSON object where a record should be: write one object in each line")
-    turns, rejected = _turns(row)
-    plain = {key: value for key, value in row.items() if key in ("image", "video", "clip", "width", "height", "length")}
-    pictures = row.get("images", row.get("image"))
-    if pictures is not None:
-        plain["image"] = pictures[0] if isinstance(pictures, list) and len(pictures) == 1 else pictures
-    if isinstance(row.get("videos"), list) and len(row["videos"]) == 1:
-        plain["video"] = row["videos"][0]
-    plain["conversations"] = turns
-    record = parse_record(json.dumps(plain, ensure_ascii=False).encode("utf-8", "surrogatepass"), root)
-    values = {name: getattr(record, name) for name in record.__dataclass_fields__}
+    return read_preference(load_object(line), root)
+
+
+def read_preference(row, root=""):
+    """The :class:`PreferenceRecord` of a JSON object in any of the three forms.
+
+    Raises:
+        DataError: it is no pair, or its conversation or its pictures cannot be used.
+    """
+    plain, rejected = _with_chosen(row)
+    record = read_record(plain, root)
+    if record.conversations[-1]["from"] != "gpt":
+        raise DataError("does not end with the chosen answer: the last message must be the assistant's")
+    rejected = _answer(rejected, "rejected")
+    if rejected == record.conversations[-1]["value"]:
+        raise DataError("has two equal answers: a pair must differ in what is chosen and rejected")
+    values = {item.name: getattr(record, item.name) for item in fields(Record)}
     return PreferenceRecord(**values, rejected=rejected)
 
 
-_SPEAKERS = {"user": "human", "human": "human", "assistant": "gpt", "gpt": "gpt", "system": "system"}
-
-
-def _turns(row):
-    """(conversation with the chosen answer, rejected answer) of a row in any of the three forms."""
+def _with_chosen(row):
+    """(the row as a record that ends in the chosen answer, in the form of conversations or of messages; rejected answer)."""
+    others = {key: value for key, value in row.items() if key not in ("question", "prompt", "chosen", "rejected", "system")}
     if "messages" in row:
-        turns, rejected = _messages(row["messages"], "messages"), row.get("rejected_response")
-    elif "prompt" in row:
-        prompt = row["prompt"]
-        asked = [{"from": "human", "value": prompt}] if isinstance(prompt, str) else _messages(prompt, "prompt")
-        turns = [*asked, {"from": "gpt", "value": _answer(row.get("chosen"), "chosen")}]
-        rejected = _answer(row.get("rejected"), "rejected")
-    else:
-        question = row.get("question")
-        if not isinstance(question, str):
-            raise DataError("has no 'question', 'messages' or 'prompt': a pair needs one of them")
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": _answer(row.get("chosen"), "chosen")}]
-        rejected = row.get("rejected")
-    if isinstance(row.get("system"), str) and turns and turns[0]["from"] != "system":
+        return others, row.get("rejected_response")
+    chosen = _answer(row.get("chosen"), "chosen")
+    if "prompt" in row:
+        asked = row["prompt"]
+        if isinstance(asked, str):
+            asked = [{"role": "user", "content": asked}]
+        elif not isinstance(asked, list):
+            raise DataError("'prompt' must be a text, or a list of messages with 'role' and 'content'")
+        return {**others, "messages": [*asked, {"role": "assistant", "content": chosen}]}, row.get("rejected")
+    question = row.get("question")
+    if not isinstance(question, str):
+        raise DataError("has no 'question', 'messages' or 'prompt': a pair needs one of them")
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": chosen}]
+    if isinstance(row.get("system"), str):
         turns = [{"from": "system", "value": row["system"]}, *turns]
-    if not turns or turns[-1]["from"] != "gpt":
-        raise DataError("does not end with the chosen answer: the last message must be the assistant's")
-    rejected = _answer(rejected, "rejected")
-    if rejected == turns[-1]["value"]:
-        raise DataError("has two equal answers: a pair must differ in what is chosen and rejected")
-    return turns, rejected
+    image = row.get("image")
+    if isinstance(image, list) and len(image) == 1:
+        (image,) = image
+    return {**others, "conversations": turns, "image": image}, row.get("rejected")
 
 
 def _answer(value, name):
@@ -90,21 +86,6 @@ def _answer(value, name):
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"has no text as '{name}': both answers of a pair must say something")
     return value
-
-
-def _messages(messages, name):
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise DataError(f"'{name}' must be a list of messages with 'role' and 'content'")
-    turns = []
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list):
-            parts = [part for part in content if isinstance(part, dict)]
-            content = "".join(p.get("text", "") if p.get("type") == "text" else f"{IMAGE_PLACEHOLDER}\n" for p in parts)
-        if message.get("role") not in _SPEAKERS or not isinstance(content, str):
-            raise DataError(f"'{name}' has a message without a known 'role' or without text")
-        turns.append({"from": _SPEAKERS[message["role"]], "value": content})
-    return turns
 
 
 def encode_preference(record, tokenizer, template, image_token_counts=()):
@@ -126,19 +107,14 @@ def encode_preference(record, tokenizer, template, image_token_counts=()):
 
         template = get_template(template)
     if isinstance(record, dict):
-        turns, rejected = _turns(record)
-        record = PreferenceRecord(conversations=turns, images=("",) * len(image_token_counts), rejected=rejected)
-    return tuple(
-        encode_conversations(
-            _marked(_as_record(record, chosen), len(record.images), ""), tokenizer, template, image_token_counts
-        )
-        for chosen in (True, False)
-    )
+        record = read_preference(record)
+    sides = [marked(answered(record, chosen), len(record.images), "") for chosen in (True, False)]
+    return tuple(encode_conversations(side, tokenizer, template, image_token_counts) for side in sides)
 
 
-def _as_record(record, chosen):
-    values = {name: getattr(record, name) for name in Record.__dataclass_fields__}
-    return replace(Record(**values), conversations=record.side(chosen))
+def answered(record, chosen):
+    """The record with the chosen or the rejected answer at its end."""
+    return record if chosen else replace(record, conversations=record.side(chosen))
 
 
 class PairCollator(Collator):
@@ -180,7 +156,7 @@ class PairCollator(Collator):
             parts.append({key: np.concatenate([field[key] for field in fields]) for key in fields[0]})
         length = max(len(part["input_ids"]) for part in parts)
         filling = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "sequence": -1}
-        batch = {key: np.stack([_padded(part[key], length, filling.get(key, 0)) for part in parts]) for key in parts[0]}
+        batch = {key: np.stack([padded(part[key], length, filling.get(key, 0)) for part in parts]) for key in parts[0]}
         if apart:
             del batch["segment_ids"]
         batch.update(self._tiles(samples, len(placed)))
@@ -196,16 +172,8 @@ class PreferenceEncoder(SampleEncoder):
 
     answers = 2
 
-    def encode(self, record, augment=False, max_dynamic_patch=None, rng=None):
-        """As :meth:`SampleEncoder.encode`, with ``rejected_input_ids`` and ``rejected_labels`` beside the chosen ones."""
-        seed = np.random.default_rng(rng).integers(2**63)
-        chosen = super().encode(_as_record(record, True), augment, max_dynamic_patch, seed)
-        pictures = len(chosen["pixel_values"])
-        tiles = [pictures] if pictures else []
-        if len(record.images) > 1 or record.video:
-            opened = self.open_pictures(record, np.random.default_rng(seed))
-            bound = self.tile_bound(record, max_dynamic_patch)
-            tiles = [self.count_tiles(picture.size, bound, record) for picture in opened]
-        ids, labels = self.encode_text(_as_record(record, False), tiles)
+    def encode_answers(self, record, tiles):
+        """As :meth:`SampleEncoder.encode_answers`, and ``rejected_input_ids`` and ``rejected_labels`` beside them."""
+        ids, labels = self.encode_text(answered(record, False), tiles)
         rejected = {"rejected_input_ids": np.array(ids, np.int64), "rejected_labels": np.array(labels, np.int64)}
-        return {**chosen, **rejected}
+        return {**super().encode_answers(record, tiles), **rejected}

@@ -145,7 +145,11 @@ def parse_record(line, root=""):
     Raises:
         DataError: what is wrong, without saying where.
     """
-    record = load_object(line)
+    return read_record(load_object(line), root)
+
+
+def read_record(record, root=""):
+    """The :class:`Record` of a JSON object, in the form of conversations or of messages; see :func:`parse_record`."""
     if "messages" in record:
         record = _from_messages(record)
     conversations = _conversations(record.get("conversations"))

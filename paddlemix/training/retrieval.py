@@ -17,8 +17,10 @@ from .arguments import PreTrainingArguments
 from .arguments import _arg as argument
 from .building import set_mode
 from .checkpoints import Checkpoints
+from .objective import BatchObjective
 from .processes import Processes
-from .runs import BatchTrainer, run, steps_of
+from .runs import run, steps_of
+from .trainer import Trainer
 
 
 @dataclass
@@ -129,7 +131,7 @@ def finetune(model_args, data_args, args):
     )
     micro_batches, epoch, total = steps_of(len(pairs), args, processes.world)
     rates = layer_rates(model.config, args.vit_layer_decay_rate, model_args.qllama_layer_decay_rate)
-    trainer = BatchTrainer(_loss, model, trained, args, processes, total, rates=rates)
+    trainer = Trainer(model, trained, args, processes, total, rates=rates, objective=BatchObjective(_loss))
 
     def batches(step):
         return pairs.batch(step, micro_batches, args.per_device_train_batch_size, processes.rank, processes.world)

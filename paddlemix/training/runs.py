@@ -1,20 +1,15 @@
 """A run of training whose batches are made from the number of a step alone: it resumes exactly and needs no state of data."""
 
+import functools
 import math
 import time
 
 from paddlemix import device
-from paddlemix.errors import ConfigError, TrainingError, UserError
+from paddlemix.errors import ConfigError
 
 from .checkpoints import Checkpoints, read_optimizer, read_state
 from .log import TrainLog
-from .objective import BatchObjective
-from .trainer import Sigterm, Trainer, due
-
-
-def BatchTrainer(loss, model, *arguments, **options):
-    """A :class:`~.trainer.Trainer` of ``loss``, a mean over a batch: see :class:`~.objective.BatchObjective`."""
-    return Trainer(model, *arguments, objective=BatchObjective(loss), **options)
+from .trainer import Sigterm, due, in_all
 
 
 def steps_of(count, args, world):
@@ -55,7 +50,7 @@ def run(trainer, batches, write_model, resumed=None, epoch=None):
     try:
         with Sigterm() as interrupted:
             while done < total:
-                work = _load(batches, done, processes)
+                work = in_all(processes, functools.partial(batches, done))
                 loss, norm, rate = trainer.step(done, work)
                 done += 1
                 noted.append(loss)
@@ -77,17 +72,3 @@ def run(trainer, batches, write_model, resumed=None, epoch=None):
     if processes.is_first:
         write_model(args.output_dir)
     processes.wait()
-
-
-def _load(batches, step, processes):
-    work, error = None, None
-    try:
-        work = batches(step)
-    except UserError as caught:
-        error = caught
-    (errors,) = processes.sum([error is not None])
-    if error:
-        raise error
-    if errors:
-        raise TrainingError("another process cannot go on with its data: see its log")
-    return work

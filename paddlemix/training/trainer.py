@@ -95,7 +95,6 @@ class BatchStats:
     """What a batch amounts to.
 
     Attributes:
-        weight: sum of the weights of its labels.
         segments: tokens of each sample, int array.
         labels: labelled tokens.
         places: tokens with padding.
@@ -104,10 +103,7 @@ class BatchStats:
 
     def __init__(self, batch):
         # As in the loss: the first token of a row is predicted from nothing.
-        labelled = batch["labels"][:, 1:] >= 0
-        self.labels = int(labelled.sum())
-        weights = batch.get("loss_weight")
-        self.weight = float(labelled.sum() if weights is None else weights[:, 1:][labelled].astype("float64").sum())
+        self.labels = int((batch["labels"][:, 1:] >= 0).sum())
         numbers = batch.get("segment_ids")
         self.segments = (
             batch["attention_mask"].sum(1)
@@ -470,6 +466,21 @@ def _owned(model_args, processes):
     return keep
 
 
+def in_all(processes, load):
+    """What ``load()`` returns; where it fails for one process with a :class:`UserError`, all stop."""
+    loaded, error = None, None
+    try:
+        loaded = load()
+    except UserError as caught:
+        error = caught
+    (errors,) = processes.sum([error is not None])
+    if error:
+        raise error
+    if errors:
+        raise TrainingError("another process cannot go on with its data: see its log")
+    return loaded
+
+
 class Sigterm:
     """Takes note of SIGTERM while it is entered: calling it tells whether one came."""
 
@@ -535,18 +546,8 @@ class _Run:
 
     def _load(self, batches):
         """The batches of a step; where one process cannot have them, all stop."""
-        work, error = [], None
-        try:
-            while len(work) < self.args.gradient_accumulation_steps:
-                work.append(self.bad_samples.take(next(batches)))
-        except UserError as caught:
-            error = caught
-        (errors,) = self.processes.sum([error is not None])
-        if error:
-            raise error
-        if errors:
-            raise TrainingError("another process cannot go on with its data: see its log")
-        return work
+        count = self.args.gradient_accumulation_steps
+        return in_all(self.processes, lambda: [self.bad_samples.take(next(batches)) for _ in range(count)])
 
     def _reset(self):
         self._noted, self._since = [], time.perf_counter()

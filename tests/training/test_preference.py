@@ -194,10 +194,14 @@ def test_loss_of_a_step_does_not_depend_on_its_batches():
         ({"question": "a", "chosen": " ", "rejected": "b"}, "no text as 'chosen'"),
         ({"question": "a", "chosen": "b"}, "no text as 'rejected'"),
         ({"chosen": "b", "rejected": "c"}, "no 'question'"),
-        ({"messages": "x", "rejected_response": "c"}, "'messages' must be a list"),
-        ({"messages": [{"role": "user", "content": "q"}], "rejected_response": "c"}, "does not end with the chosen answer"),
-        ({"prompt": [{"role": "bot", "content": "q"}], "chosen": "a", "rejected": "c"}, "known 'role'"),
-        ([1], "no JSON object"),
+        ({"messages": "x", "rejected_response": "c"}, "needs 'messages', a list of messages"),
+        (
+            {"messages": [{"role": r, "content": "q"} for r in ("user", "assistant", "user")], "rejected_response": "c"},
+            "does not end with the chosen answer",
+        ),
+        ({"messages": [{"role": "user", "content": "q"}], "rejected_response": "c"}, "has no answer to learn"),
+        ({"prompt": [{"role": "bot", "content": "q"}], "chosen": "a", "rejected": "c"}, "message 1 must have 'role'"),
+        ([1], "a JSON object, should be"),
     ],
 )
 def test_bad_pairs(row, message):
@@ -215,7 +219,7 @@ def test_other_forms_are_the_same_pair():
             "images": ["img0.png"],
         },
         {
-            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
+            "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]}],
             "chosen": [{"role": "assistant", "content": "A cat."}],
             "rejected": [{"role": "assistant", "content": "A dog."}],
             "images": ["img0.png"],

@@ -10,6 +10,7 @@ from paddlemix.errors import ConfigError, TrainingError
 from paddlemix.kernels import gemm
 from paddlemix.models.internvl2.checkpoint import weight_table
 from paddlemix.training.arguments import PreTrainingArguments
+from paddlemix.training.objective import CausalObjective
 from paddlemix.training.optimizer import Optimizer
 from paddlemix.training.trainer import BatchStats, learning_rate
 from tests.conftest import FAMILIES, assert_close, load_reference
@@ -204,9 +205,10 @@ def test_statistics_of_a_batch():
     samples = [train_sample("qwen2", number) for number in (0, 1)]
     lengths = [len(sample["input_ids"]) for sample in samples]
     labelled = sum(int((sample["labels"] >= 0).sum()) for sample in samples)
-    for stats in (BatchStats(batch(*samples)), BatchStats(batch(*samples, packed=True))):
+    for data in (batch(*samples), batch(*samples, packed=True)):
+        stats = BatchStats(data)
         assert sorted(stats.segments) == sorted(lengths)
-        assert stats.labels == stats.weight == labelled
+        assert stats.labels == CausalObjective().weights(data)[0] == labelled
     assert BatchStats(batch(*samples)).places == 2 * max(lengths)
     assert BatchStats(batch(*samples, packed=True)).places == sum(lengths)
     assert BatchStats(batch(*samples, packed=True, tiles_per_row=40)).tiles == 40

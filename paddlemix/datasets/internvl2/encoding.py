@@ -130,16 +130,19 @@ class SampleEncoder:
         pictures = self.open_pictures(record, rng)
         bound = self.tile_bound(record, max_dynamic_patch)
         # The text first: it is cheap, and shows what does not fit.
-        input_ids, labels = self.encode_text(record, [self.count_tiles(p.size, bound, record) for p in pictures])
+        text = self.encode_answers(record, [self.count_tiles(p.size, bound, record) for p in pictures])
         size = self.options.image_size
         scales = self._scales(record)
         tiles = [self._pixels(picture, bound, rng if augment else None, scales) for picture in pictures]
         pixel_values = np.concatenate(tiles) if tiles else np.empty((0, 3, size, size), dtype=np.float32)
+        return {**text, "pixel_values": pixel_values, "image_flags": np.ones(len(pixel_values), dtype=np.int64)}
+
+    def encode_answers(self, record, tiles):
+        """What of a sample is text, for pictures of so many ``tiles`` each: ``input_ids``, ``labels`` and ``min_length``."""
+        input_ids, labels = self.encode_text(record, tiles)
         return {
             "input_ids": np.array(input_ids, dtype=np.int64),
             "labels": np.array(labels, dtype=np.int64),
-            "pixel_values": pixel_values,
-            "image_flags": np.ones(len(pixel_values), dtype=np.int64),
             "min_length": self._min_length(input_ids, labels),
         }
 
@@ -184,7 +187,7 @@ class SampleEncoder:
             PromptError: the conversation cannot be used.
         """
         pictures = self.mean_frames if record.video else len(record.images)
-        turns = _marked(record, pictures, self.options.frame_format)
+        turns = marked(record, pictures, self.options.frame_format)
         return len(encode_conversations(turns, self.tokenizer, self.template, [0] * pictures)[0])
 
     @property
@@ -206,7 +209,7 @@ class SampleEncoder:
         if limit is not None and sum(tiles) > limit:
             raise DataError(f"has {sum(tiles)} tiles but {limit} fit: raise num_images_expected, or {_advice(record)}")
         counts = [n * self.options.num_image_token for n in tiles]
-        turns = _marked(record, len(tiles), self.options.frame_format)
+        turns = marked(record, len(tiles), self.options.frame_format)
         input_ids, labels = encode_conversations(turns, self.tokenizer, self.template, counts)
         if input_ids.count(self._context) != sum(counts):
             raise DataError("has a picture in its last question, which has no answer: remove the picture or add the answer")
@@ -266,7 +269,7 @@ def _advice(record):
     return "lower max_num_frame" if record.video else "lower max_dynamic_patch"
 
 
-def _marked(record, pictures, frame_format):
+def marked(record, pictures, frame_format):
     """The record's turns with an ``<image>`` for each picture or frame."""
     if record.video:
         mark, lines = VIDEO_PLACEHOLDER, "".join(frame_format.format(i + 1) for i in range(pictures))
