@@ -14,7 +14,7 @@ from tqdm import tqdm
 from paddlemix.models.internvl2 import InternVLChatConfig
 from paddlemix.models.internvl2.checkpoint import read_parameters
 from paddlemix.models.internvl2.convert import convert, main
-from tests.checkpoints.test_checkpoint import DEMO, equal, read_published, widen, write_safetensors
+from tests.checkpoints.helpers import DEMO, equal, read_published, widen, write_safetensors
 from tests.conftest import FAMILIES, REFERENCE
 
 ROOT = Path(__file__).parents[3]
