@@ -17,6 +17,8 @@ _BOXES = re.compile(
     rf"(?:<ref>(?P<name>(?:(?!</?ref>).)*)</ref>)?\s*(?P<open><box>)?\s*(?P<boxes>\[\s*{_BOX}(?:\s*,\s*{_BOX})*\s*\]|{_BOX})\s*(?:</box>)?",
     re.DOTALL,
 )
+_MARKED = re.compile(r"<box>(.*?)</box>", re.DOTALL)
+_NUMBERS = re.compile(r"-?\d+(?:\.\d+)?")
 _BOX_KEYS, _NAME_KEYS = ("bbox_2d", "bbox", "box_2d", "box"), ("label", "name", "text", "object")
 _ONLY_NUMBERS = re.compile(r"[^\s\d\[\].,;-]")  # what a text of nothing but boxes has not
 _FENCE = re.compile(r"```(?:json)?")
@@ -62,9 +64,20 @@ def parse_boxes(text, width, height):
         if name is None:
             name = re.sub(r"<[^<>]*>", "", text[end : match.start()]).strip(" \n[],;:.，；：。")
         end = match.end()
-        numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", match["boxes"])]
+        numbers = [float(number) for number in _NUMBERS.findall(match["boxes"])]
         found = [numbers[at : at + 4] for at in range(0, len(numbers), 4)]
         boxes += _scaled([(name.strip(), values) for values in found], width, height)
+    return boxes
+
+
+def written_boxes(text):
+    """The boxes of a text as they are written, four numbers each: in ``<box>`` marks, and in JSON under a key for boxes."""
+    boxes = []
+    for body in _MARKED.findall(text):
+        for group in re.findall(_BOX, body):
+            boxes.append([float(number) for number in _NUMBERS.findall(group)])
+    if any(f'"{key}"' in text for key in _BOX_KEYS):
+        boxes += [values for found in _json_groups(text) for _, values in found]
     return boxes
 
 

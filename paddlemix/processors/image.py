@@ -16,7 +16,7 @@ from paddlemix.errors import ImageError
 from paddlemix.files import read_regular
 from paddlemix.validation import SIDE, TILES, shown
 
-from .media import is_address, lay_on, read_picture_bytes
+from .media import is_address, is_transparent, lay_on, read_picture_bytes
 
 # Mean and standard deviation per channel, for pixels in 0..1. Every released chat model uses "imagenet".
 NORMALIZATION = {
@@ -31,6 +31,7 @@ FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, ICO, JPEG 2000 or AVIF"
 
 # Pillow's own limit, kept even where another library has switched Pillow's off.
 MAX_PIXELS = 178_956_970
+_ORIENTATION = 0x0112  # the tag of EXIF data
 MAX_BYTES = 1 << 30  # of a picture file: more than MAX_PIXELS take in any format
 
 
@@ -114,6 +115,25 @@ def open_image(source, exif_orientation=False, background=None):
 
 
 @lru_cache(maxsize=256)
+def picture_traits(source):
+    """(whether EXIF data turn a picture, whether some pixel of it is not opaque); the pixels are read only where one may be.
+
+    Args:
+        source: anything :func:`open_image` takes.
+
+    Raises:
+        ImageError: see :func:`open_image`.
+    """
+    name, opened = _open(source)
+    try:
+        turned = opened.getexif().get(_ORIENTATION, 1) not in (0, 1)
+        if not is_transparent(opened):
+            return turned, False
+        return turned, opened.convert("RGBA").getchannel("A").getextrema()[0] < 255
+    except Exception as error:  # as in open_image
+        raise ImageError(f"{name} is damaged or cut off and cannot be decoded ({error}); replace it") from error
+
+
 def target_grids(min_num, max_num):
     """All grids (tiles across, tiles down) of min_num to max_num tiles, by number of tiles.
 

@@ -106,6 +106,11 @@ def _short(url):
     return url if len(url) <= 100 else url[:97] + "..."
 
 
+def is_transparent(image):
+    """Whether a PIL image can have pixels that are not opaque."""
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
 def lay_on(image, background):
     """A picture with transparency laid on a colour, as RGB; others as they are.
 
@@ -116,7 +121,7 @@ def lay_on(image, background):
     Raises:
         ImageError: there is no such colour.
     """
-    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+    if not is_transparent(image):
         return image
     try:
         ground = Image.new("RGBA", image.size, background)

@@ -3,8 +3,10 @@
   python -m paddlemix.datasets.internvl2.check META.json --model_name_or_path OpenGVLab/InternVL2-1B --max_seq_length 4096
 
 decodes every picture and video and encodes every conversation as training would. Each record that cannot be used is one line,
-``file:line: reason``; then the exit code is 1. The report folder gets all of them (problems.jsonl), the counts
-(report.json) and a picture of how long the samples are (lengths.png). Use the values that you will train with.
+``file:line: reason``; then the exit code is 1. What is likely a mistake, such as boxes that are not in thousandths, records
+that repeat or answers that are all equal, is a warning with its count and three examples a data set. The report folder gets all
+problems (problems.jsonl), the counts and the warnings (report.json) and a picture of how long the samples are (lengths.png).
+Use the values that you will train with.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from paddlemix.datasets.records import read_meta
 from paddlemix.errors import ConfigError, UserError, command_main
 from paddlemix.models.internvl2 import InternVLChatConfig, load_tokenizer
 
+from . import doubts as doubtful
+from .doubts import Doubts, look_at
 from .encoding import DataOptions, SampleEncoder
 
 DEMO_MODEL = Path(paddlemix.__file__).parent / "demo_model"
@@ -40,6 +44,7 @@ class Finding:
     tiles: int = 0
     cut: bool = False
     reason: str | None = None
+    doubts: Doubts | None = None
 
 
 def check_record(source, index, encoder):
@@ -48,8 +53,12 @@ def check_record(source, index, encoder):
     try:
         record = source.read(index)
         found.kind = "video" if record.video else ("text", "picture", "pictures")[min(2, len(record.images))]
+        found.doubts = look_at(record)  # what is known if a picture cannot be opened
         bound = encoder.tile_bound(record, source.max_dynamic_patch)
-        tiles = [encoder.count_tiles(picture.size, bound, record) for picture in encoder.open_pictures(record, 0)]
+        sizes = [picture.size for picture in encoder.open_pictures(record, 0)]
+        if record.images:
+            found.doubts = look_at(record, sizes)
+        tiles = [encoder.count_tiles(size, bound, record) for size in sizes]
         found.tiles = sum(tiles)
         ids, labels = encoder.encode_whole_text(record, tiles)
         found.tokens = len(ids)
@@ -73,6 +82,10 @@ def summarize(source, findings):
         "bad": len(findings) - len(good),
         "cut_to_max_seq_length": sum(found.cut for found in good),
     }
+    found = [finding.doubts for finding in findings]
+    for name in ("turned", "transparent"):
+        summary[name] = sum(getattr(doubts, name) for doubts in found if doubts is not None)
+    summary["warnings"] = doubtful.summarize(found, source.line)
     for name in ("tokens", "tiles"):
         values = np.array([getattr(found, name) for found in good] or [0])
         mean, p95, most = float(values.mean()), float(np.percentile(values, 95)), int(values.max())
@@ -218,6 +231,9 @@ def main(argv=None):
         print(f"{problem['file']}:{problem['line']}: {problem['reason']}")
     if len(problems) > args.max_problems:
         print(f"... and {len(problems) - args.max_problems} more in {output / 'problems.jsonl'}")
+    for name, summary in summaries.items():
+        for line in doubtful.sentences(name, summary["warnings"], summary["annotation"]):
+            print(line)
     print(f"{len(problems)} of {len(everything)} records cannot be used; the report is in {output}")
     if problems:
         raise SystemExit(1)
@@ -233,6 +249,11 @@ def _print_table(summaries):
         values += [s["cut_to_max_seq_length"], s["bad"]]
         print("  ".join([name.ljust(width), *(f"{value:>9}" for value in values)]))
     for name, s in summaries.items():
+        if s["turned"] or s["transparent"]:
+            print(
+                f"note: '{name}' has {s['turned']} picture(s) that EXIF data turn and {s['transparent']} with transparency; "
+                "training takes them as the original does, as they lie and with what transparency hides"
+            )
         if s["stated_length"] not in (None, s["records"]):
             print(f"note: the meta file states length {s['stated_length']} for '{name}'; it is not used")
 

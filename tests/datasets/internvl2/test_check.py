@@ -138,3 +138,104 @@ def test_wrong_arguments_are_one_sentence(tmp_path, capsys, arguments, message):
     assert len(err.splitlines()) == 1
     with pytest.raises(ValueError, match=message):
         raise ValueError(err)
+
+
+def box(*numbers):
+    """A box as answers have it."""
+    return f"<box>[{list(numbers)}]</box>"
+
+
+def boxed(answer, number=1, **more):
+    """A record about a reference picture of 640 by 480 pixels at most, whose answer is unique by its number."""
+    return {"image": f"img{number}.png", "conversations": talk("<image>\nWhere?", answer), **more}
+
+
+def warnings_of(tmp_path, records, capsys):
+    """(warnings of the report, lines that begin with `warning:`, exit code)."""
+    code = run(write_meta(tmp_path, records), tmp_path / "report")
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["set"]
+    return report, [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning:")], code
+
+
+@pytest.mark.parametrize(
+    "kind, answers, count, example",
+    [
+        ("box_outside", [box(5, 5, 1001, 20), box(-1, 0, 5, 5), box(0, 0, 1000, 1000)], 2, "1001"),
+        ("box_fractions", [box(0.1, 0.2, 0.5, 0.75), box(1, 1, 2, 2), '[{"bbox_2d": [0, 0, 1, 0.5]}]'], 2, "0.75"),
+        ("box_order", [box(500, 1, 400, 9), "<box>[[1, 9, 5, 3], [1, 1, 2, 2]]</box>", "none"], 2, "[500, 1, 400, 9]"),
+        (
+            "mark_not_closed",
+            ["<ref>a dog</ref><box>[[1, 2, 3, 4]]", f"<ref>a cat{box(1, 2, 3, 4)}", "<ref>x</ref>"],
+            2,
+            "a dog",
+        ),
+        ("box_form", ["<box>here</box>", box(1, 2, 3, 4), "there"], 1, "here"),
+    ],
+)
+def test_doubtful_boxes_are_counted_with_examples(tmp_path, capsys, kind, answers, count, example):
+    report, lines, code = warnings_of(tmp_path, [boxed(answer) for answer in answers], capsys)
+    assert code == 0  # training takes them
+    assert report["warnings"].keys() == {kind} and report["warnings"][kind]["count"] == count
+    (line,) = lines
+    assert line.startswith(f"warning: data set 'set': {count} ") and example in line and "line 1: " in line
+
+
+def test_no_more_than_three_examples_and_lines_that_are_right(tmp_path, capsys):
+    records = [{"conversations": talk(answer=f"<box>[[{i}, 0, 1500, 9]]</box>")} for i in range(5)]
+    report, (line,), _ = warnings_of(tmp_path, [{"conversations": talk()}, *records], capsys)
+    assert report["warnings"]["box_outside"]["count"] == 5
+    assert [example["line"] for example in report["warnings"]["box_outside"]["examples"]] == [2, 3, 4]
+    assert line.count("1500") == 3
+
+
+def test_boxes_in_pixels_are_told_apart_from_those_outside(tmp_path, capsys):
+    Image.new("RGB", (2000, 1500)).save(tmp_path / "large.png")
+    large = {"image": str(tmp_path / "large.png")}
+    records = [
+        boxed("<box>[[10, 20, 1900, 1400]]</box>") | large,  # fits in pixels
+        boxed("<box>[[10, 20, 2100, 1400]]</box>") | large,  # fits in nothing
+    ]
+    report, _, _ = warnings_of(tmp_path, records, capsys)
+    assert {kind: entry["count"] for kind, entry in report["warnings"].items()} == {"box_pixels": 1, "box_outside": 1}
+    Image.new("RGB", (320, 240)).save(tmp_path / "small.png")
+    small = {"image": str(tmp_path / "small.png")}
+    pixels = [boxed(f"<box>[[{i}, {i}, {i + 200}, {i + 100}]]</box>") | small for i in range(100, 120)]
+    report, _, _ = warnings_of(tmp_path, pixels, capsys)
+    assert report["warnings"]["box_pixels"]["count"] == 20
+    report, _, _ = warnings_of(tmp_path, [*pixels, boxed("<box>[[700, 700, 900, 900]]</box>") | small], capsys)
+    assert not report["warnings"]  # one that is surely in thousandths
+
+
+def test_pictures_that_are_missing_again_are_named_once(tmp_path, capsys):
+    records = [boxed(f"answer {i}", number) for i, number in enumerate((91, 92, 91, 1, 91))]
+    report, lines, code = warnings_of(tmp_path, records, capsys)
+    assert code == 1 and report["bad"] == 4
+    assert report["warnings"]["missing_again"]["count"] == 1
+    assert "img91.png in 3 records" in lines[0] and "img92" not in lines[0]
+
+
+def test_records_that_repeat_and_answers_that_are_equal(tmp_path, capsys):
+    report, lines, _ = warnings_of(tmp_path, [boxed("a"), boxed("b"), boxed("a", id=7), boxed("a", 2)], capsys)
+    assert report["warnings"].keys() == {"duplicates"} and report["warnings"]["duplicates"]["count"] == 1
+    assert "line 3: equals line 1" in lines[0]
+    report, lines, _ = warnings_of(tmp_path, [boxed("yes", number) for number in range(4)], capsys)
+    assert report["warnings"].keys() == {"equal_answers"} and "4 answers, all of them equal" in lines[0]
+    report, _, _ = warnings_of(tmp_path, [boxed("yes")], capsys)
+    assert not report["warnings"]
+
+
+def test_turned_and_transparent_pictures_are_counted(tmp_path, capsys):
+    exif = Image.Exif()
+    for name, orientation in (("turned.jpg", 6), ("upright.jpg", 1)):
+        exif[0x0112] = orientation
+        Image.new("RGB", (20, 30), "red").save(tmp_path / name, exif=exif)
+    clear = Image.new("RGBA", (8, 8), "red")
+    clear.save(tmp_path / "opaque.png")
+    clear.putpixel((3, 3), (0, 0, 0, 10))
+    clear.save(tmp_path / "clear.png")
+    names = ["turned.jpg", "upright.jpg", "opaque.png", "clear.png"]
+    meta = write_meta(tmp_path, [{"image": name, "conversations": talk(answer=name)} for name in names], root=str(tmp_path))
+    assert run(meta, tmp_path / "report") == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text())["set"]
+    assert (report["turned"], report["transparent"]) == (1, 1)
+    assert "1 picture(s) that EXIF data turn and 1 with transparency" in capsys.readouterr().out
