@@ -26,6 +26,7 @@ COMMANDS = {
         "video": Command("paddlemix.examples.internvl2.chat_demo_video", "ask about a video"),
         "serve": Command("paddlemix.serving.__main__", "an OpenAI-compatible server", "serving"),
         "client": Command("paddlemix.serving.cli", "ask a server from the terminal", "serving"),
+        "web": Command("paddlemix.serving.web.__main__", "a web page that asks a server", "web"),
         "search": Command("paddlemix.examples.internvl.search", "find pictures by words or by a picture"),
         "embed": Command("paddlemix.examples.internvl.embed", "features of pictures or texts as arrays"),
         "caption": Command("paddlemix.examples.internvl.caption", "describe pictures (InternVL-G)"),

@@ -13,7 +13,9 @@ MOVED = {
     "paddlemix.models.internvl2.tokenization": "paddlemix.tokenizers",
     "paddlemix.models.internvl2.weight_files": "paddlemix.checkpoints",
     **{f"paddlemix.datasets.internvl2.{name}": f"paddlemix.datasets.{name}" for name in _DATASETS.split()},
-    **{f"paddlemix.processors.internvl2.{name}": f"paddlemix.processors.{name}" for name in ("boxes", "image", "video")},
+    **{f"paddlemix.processors.internvl2.{name}": f"paddlemix.processors.{name}" for name in ("image", "video")},
+    "paddlemix.processors.boxes": "paddlemix.boxes",
+    "paddlemix.processors.internvl2.boxes": "paddlemix.boxes",
 }
 
 

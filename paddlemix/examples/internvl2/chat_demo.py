@@ -71,7 +71,7 @@ def check_drawing(paths, output):
 
 def save_boxes(session, path, output, upright=True, background="white"):
     """Draw the boxes of the last answer on the picture ``path`` and save it as ``output``, whole or not at all."""
-    from paddlemix.processors.boxes import draw_boxes, parse_boxes
+    from paddlemix.boxes import draw_boxes, parse_boxes
     from paddlemix.processors.image import open_image
 
     picture = open_image(path, upright, background)

@@ -49,7 +49,7 @@ def is_right(task, answer, truth):
 
 
 def _boxes(text):
-    from paddlemix.processors.boxes import parse_boxes
+    from paddlemix.boxes import parse_boxes
 
     return [(box.x1, box.y1, box.x2, box.y2) for box in parse_boxes(text, 1000, 1000)]
 

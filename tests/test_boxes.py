@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paddlemix.processors.boxes import Box, draw_boxes, parse_boxes
+from paddlemix.boxes import Box, draw_boxes, parse_boxes
 
 
 @pytest.mark.parametrize(

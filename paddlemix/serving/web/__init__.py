@@ -1,0 +1,1 @@
+"""A web page that asks any OpenAI-compatible server; it needs Gradio, and neither Paddle nor our processors."""
