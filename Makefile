@@ -2,6 +2,7 @@
 # make demo-video       the same about a clip
 # make test             install, then run the tests; make test-fast the quickest of them, make test-slow those that take long,
 #                       make soak what goes on for SOAK_SECONDS each, make test-npu those that need g++
+# make web              a web page at http://127.0.0.1:7860/ that asks the server at URL (by default that of `paddlemix serve`)
 # make wheel            the package in dist/
 # make demo DEVICE=gpu  the same with the GPU build of Paddle (CUDA 12.6); DEVICE=npu for Ascend 910B
 PYTHON ?= python3
@@ -16,7 +17,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: demo demo-video install test test-fast test-slow test-npu soak wheel lint format clean
+.PHONY: web web-install demo demo-video install test test-fast test-slow test-npu soak wheel lint format clean
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -66,6 +67,18 @@ soak: install
 test-npu: install
 	$(BIN)/python -m pytest -m npu
 	FLAGS_use_stride_kernel=0 $(PYTEST) -m "$(OTHERS)"
+
+# The web page has an environment of its own, since Gradio wants another Pillow and hub library than the package pins.
+URL ?= http://127.0.0.1:23333/v1
+web: web-install
+	PYTHONPATH=$(CURDIR) $(VENV)/web/bin/python -m paddlemix.serving.web --url $(URL)
+
+web-install: $(VENV)/web/.installed
+
+$(VENV)/web/.installed:
+	$(PYTHON) -m venv $(VENV)/web
+	$(VENV)/web/bin/pip install --disable-pip-version-check -q gradio==6.31.0 openai==3.57.0
+	@touch $@
 
 # The wheel of a release, from what is committed alone.
 wheel: install

@@ -12,10 +12,15 @@ _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Noto Sans", "Noto Sans CJK 
 THEME = gr.themes.Default(font=_FONTS, font_mono=["ui-monospace", "Consolas", "monospace"])
 CSS = """
 footer { display: none !important; }
-.gradio-container { max-width: 960px !important; margin: auto; }
+.gradio-container { width: 100%; max-width: 960px !important; margin: auto; overflow-wrap: anywhere; }
 #chat { height: 62vh !important; }
 #about p { margin: 0; }
-@media (max-width: 600px) { .gradio-container { padding: 6px !important; } #chat { height: 55vh !important; } }
+#chat button[aria-label="Share"], #chat button[title="Share"] { display: none; }  /* it would send to another host */
+@media (max-width: 600px) {
+  #about { min-width: 100%; }
+  .gradio-container { padding: 6px !important; }
+  #chat { height: 55vh !important; }
+}
 """
 _NOTHING = {"text": "", "files": []}
 

@@ -66,8 +66,8 @@ def preferred(header):
 def harmless(text):
     """Text of a user or a model as Markdown that holds no HTML and no picture.
 
-    What may begin a tag becomes an entity, or within code, where entities are shown as they are written, is kept apart from its
-    name by a character without width: no tag is left whichever of the two a renderer takes for code. Nor can ``![`` load pictures.
+    What may begin a tag becomes an entity, or within code, where entities are shown as they are written, is kept apart from
+    its name by a character without width: no tag is left, whatever a renderer takes for code. Nor can ``![`` load pictures.
     """
     pieces = _CODE.split(_MARKS.sub("", text))
     for i, piece in enumerate(pieces):
