@@ -30,8 +30,9 @@ pytestmark = [
     pytest.mark.skipif(not PYTHON.exists(), reason="the page's environment is not installed (make web-install)"),
 ]
 ATTACK = (
-    "<script>window.hurt=1</script><img src=x onerror='window.hurt=1'> ![x](http://192.0.2.1/a.png) `<img src=http://192.0.2.1/b>` "
-    "[x](javascript:window.hurt=1) <iframe src='http://192.0.2.1/c'></iframe><svg onload='window.hurt=1'></svg> ``` <b> "
+    "<script>window.hurt=1</script><img src=x onerror='window.hurt=1'> ![x](http://192.0.2.1/a.png) "
+    "`<img src=http://192.0.2.1/b>` [x](javascript:window.hurt=1) <iframe src='http://192.0.2.1/c'></iframe>"
+    "<svg onload='window.hurt=1'></svg> ``` <b> "
     "<style>@import 'http://192.0.2.1/d'</style> $$\\href{javascript:window.hurt=1}{x}$$ <video src=http://192.0.2.1/e>"
 )
 
@@ -61,9 +62,8 @@ class StubHandler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
-        self._send(
-            200, {"object": "list", "data": [{"id": "m", "object": "model", "owned_by": self.server.owner, "created": 1}]}
-        )
+        model = {"id": "m", "object": "model", "owned_by": self.server.owner, "created": 1}
+        self._send(200, {"object": "list", "data": [model]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -71,9 +71,8 @@ class StubHandler(BaseHTTPRequestHandler):
         content = body["messages"][-1]["content"]
         text = content if isinstance(content, str) else content[-1]["text"]
         if "refuse" in text:
-            return self._send(
-                400, {"error": {"message": "the picture is <b>too</b> large", "type": "x", "param": None, "code": None}}
-            )
+            error = {"message": "the picture is <b>too</b> large", "type": "x", "param": None, "code": None}
+            return self._send(400, {"error": error})
         pieces, pause = [text[5:] if text.startswith("say: ") else f"echo {text}"], 0
         if "slow" in text:
             pieces, pause = [f"word{i} " for i in range(200)], 0.05
@@ -150,9 +149,7 @@ class Tab:
 
     def attach(self, path):
         self.page.set_input_files("#question input[type=file]", str(path))
-        self.page.wait_for_selector(
-            "#question .thumbnail-item, #question [class*=thumbnail] img, #question [class*=thumbnail] video"
-        )
+        self.page.wait_for_selector("#question [class*=thumbnail] img")
         self.page.wait_for_timeout(500)
 
     def ask(self, text):
