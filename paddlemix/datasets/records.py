@@ -4,7 +4,9 @@ A meta file names data sets; each has a folder of pictures and a JSON-lines file
 by their place in the file and parsed when they are asked for, so a million of them cost a few megabytes.
 """
 
+import dataclasses
 import functools
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ from PIL import Image
 from paddlemix.errors import DataError
 from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT
 from paddlemix.processors.image import picture_formats
+from paddlemix.processors.media import Remote, is_address
 
 VIDEO_PLACEHOLDER = "<video>"
 _KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
@@ -29,7 +32,7 @@ class Record:
 
     Attributes:
         conversations: ``[{"from": ..., "value": ...}, ...]``.
-        images: paths of the pictures, possibly none.
+        images: paths of the pictures, possibly none; a :class:`~paddlemix.processors.media.Remote` for one at an address.
         video: path of a video file or a folder of frames, or None.
         clip: (start, end) of the video in seconds, or None for all of it.
         sizes: (width, height) of each picture in pixels where the record states them, else None.
@@ -61,6 +64,8 @@ class Source:
     Raises:
         DataError: the file cannot be read or has no record.
     """
+
+    domains = ()  # hosts that pictures may be fetched from
 
     def __init__(
         self, name, root, annotation, data_augment=False, repeat_time=1, length=None, max_dynamic_patch=None, parse=None
@@ -104,10 +109,25 @@ class Source:
         with open(self.annotation, "rb") as file:
             file.seek(self._offsets[place])
             line = file.read(int(self._lengths[place]))
-        return self.parse(line, self.root)
+        return _allowed(self.parse(line, self.root), self.domains)
 
 
-def read_meta(path, parse=None):
+def _allowed(record, domains):
+    """The record, whose pictures at addresses may be fetched from ``domains``.
+
+    Raises:
+        DataError: one is from elsewhere.
+    """
+    if not any(isinstance(image, Remote) for image in record.images):
+        return record
+    images = [Remote(image.url, domains) if isinstance(image, Remote) else image for image in record.images]
+    for image in images:
+        if isinstance(image, Remote) and not image.is_allowed:
+            raise DataError(image.refusal)
+    return dataclasses.replace(record, images=tuple(images))
+
+
+def read_meta(path, parse=None, domains=()):
     """The data sets of a meta file: ``{name: {"root": ..., "annotation": ..., ...}, ...}``.
 
     Relative paths are taken from the working directory, as in the original, and where nothing is there, from the folder of
@@ -116,6 +136,7 @@ def read_meta(path, parse=None):
     Args:
         path: of the meta file.
         parse: see :class:`Source`.
+        domains: hosts that pictures of records may be fetched from (``--allowed_media_domains``).
 
     Returns:
         List of :class:`Source`.
@@ -132,7 +153,10 @@ def read_meta(path, parse=None):
         raise DataError(f"meta file {path} is not valid JSON ({error})") from None
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"meta file {path} must hold an object that names at least one data set")
-    return [_source(name, entry, path, parse) for name, entry in meta.items()]
+    sources = [_source(name, entry, path, parse) for name, entry in meta.items()]
+    for source in sources:
+        source.domains = tuple(domains or ())
+    return sources
 
 
 def parse_record(line, root=""):
@@ -159,10 +183,12 @@ def read_record(record, root=""):
     if images and video:
         raise DataError("has both 'image' and 'video': a sample can hold one kind, so make two records of it")
     _check_marks(conversations, len(images), video is not None)
+    if isinstance(video := video and _path(root, video), Remote):
+        raise DataError(f"'{video.name}' is not on this machine: download it and give its path")
     return Record(
         conversations=conversations,
         images=tuple(_path(root, image) for image in images),
-        video=video and _path(root, video),
+        video=video,
         clip=_clip(record.get("clip")) if video else None,
         sizes=_sizes(record, len(images)),
         length=record.get("length") if _is_count(record.get("length")) else None,
@@ -196,6 +222,8 @@ def load_object(line):
 def picture_size(path):
     """(width, height) of a picture in pixels from its header alone, or None where that cannot be read."""
     try:
+        if isinstance(path, Remote):
+            path = io.BytesIO(path.read())
         with Image.open(path, formats=picture_formats()) as image:
             return image.size
     # A damaged header may raise anything; whoever loads the whole picture says what is wrong.
@@ -386,9 +414,8 @@ def _check_marks(turns, images, video):
 
 
 def _path(root, path):
-    if "://" in path:
-        raise DataError(f"'{path}' is not on this machine: download it and give its path")
-    return os.path.join(root, path)
+    path = path if is_address(path) else os.path.join(root, path)
+    return Remote(path) if is_address(path) else path
 
 
 def _clip(clip):

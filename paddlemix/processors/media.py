@@ -1,15 +1,21 @@
 """Pictures from where users have them: a file, a URL, a data URL, standard input; and the way up that a phone noted.
 
-Nothing is fetched that a user did not name: records and meta files never come here.
+Two ways lead to the network. :func:`read_picture_bytes` fetches an address that a user typed. What stands in a record, a row or
+a request of somebody else is fetched by :func:`fetch_allowed` alone, from hosts that the user or operator named.
 """
 
 import base64
 import binascii
+import http.client
+import ipaddress
+import socket
+import ssl
 import sys
 import time
 import urllib.error
 import urllib.request
-from urllib.parse import urlsplit
+from dataclasses import dataclass
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from PIL import Image
 
@@ -94,6 +100,141 @@ def _fetch(url):
         if isinstance(cause, TimeoutError):
             raise ImageError(f"{name} did not come within {MOST_SECONDS} seconds: download it and give the file") from None
         raise ImageError(f"{name} cannot be fetched ({cause}): check the address, or download it and give the file") from None
+
+
+class NotFetched(ImageError):
+    """Why an address gave nothing: ``reason`` is a clause without the address."""
+
+    def __init__(self, url, reason):
+        self.reason = reason
+        super().__init__(f"{_short(url)} is not fetched: {reason}")
+
+
+def fetch_allowed(url, domains, private=False, seconds=MOST_SECONDS, most_bytes=MOST_BYTES):
+    """The bytes at an address that somebody else wrote.
+
+    Args:
+        url: ``https://...`` or ``http://...``.
+        domains: exact names of the hosts that may be asked, also after a redirect.
+        private: whether a host may have a private, loopback or link-local address. A name is resolved once, and that
+            address is used.
+        seconds: for the whole transfer.
+        most_bytes: that it may have.
+
+    Raises:
+        NotFetched: the host is not named, its address is private, or it does not answer as it should.
+    """
+    until, place, domains = time.monotonic() + seconds, url, {domain.lower() for domain in domains}
+    try:
+        for _ in range(MOST_REDIRECTS + 1):
+            data, place = _get(url, place, domains, private, until, most_bytes)
+            if data is not None:
+                return data
+    except NotFetched:
+        raise
+    except TimeoutError:
+        raise NotFetched(url, "it took too long") from None
+    except (OSError, http.client.HTTPException, ValueError):
+        raise NotFetched(url, "its host cannot be reached, or does not answer as it should") from None
+    raise NotFetched(url, "it redirects too often")
+
+
+def _get(url, place, domains, private, until, most_bytes):
+    """One request: (data, None), or (None, where it is redirected to)."""
+    parts = urlsplit(place)
+    host = (parts.hostname or "").lower()
+    if parts.scheme not in ("http", "https") or host not in domains or parts.username:
+        raise NotFetched(url, "its host is not allowed")
+    secure = parts.scheme == "https"
+    port = parts.port or (443 if secure else 80)
+    address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
+    number = ipaddress.ip_address(address.partition("%")[0])
+    number = getattr(number, "ipv4_mapped", None) or number
+    if not private and (not number.is_global or number.is_multicast):
+        raise NotFetched(url, "its address is a private one")
+
+    def left():
+        if (seconds := until - time.monotonic()) <= 0:
+            raise TimeoutError
+        return seconds
+
+    raw = socket.create_connection((address, port), timeout=left())
+    try:
+        if secure:
+            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+        connection = http.client.HTTPConnection(host, port)
+        connection.sock = raw
+        raw.settimeout(left())
+        path = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        connection.request("GET", path, headers={"Accept": "image/*, video/*", "User-Agent": "paddlemix"})
+        response = connection.getresponse()
+        if response.status in (301, 302, 303, 307, 308):
+            return None, urljoin(place, response.getheader("Location") or "")
+        if response.status != 200:
+            raise NotFetched(url, f"it answers with status {response.status}")
+        data = bytearray()
+        while True:
+            raw.settimeout(left())
+            piece = response.read1(65536)
+            if not piece:
+                return bytes(data), None
+            data += piece
+            if len(data) > most_bytes:
+                raise NotFetched(url, f"it has more than {most_bytes >> 20} MB")
+    finally:
+        raw.close()
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A picture at an address that a record or a row names: :func:`~.image.open_image` reads it as it reads a file.
+
+    Attributes:
+        url: the address.
+        domains: hosts that may be asked; none by default, so that it is not fetched.
+    """
+
+    url: str
+    domains: tuple = ()
+
+    @property
+    def name(self):
+        """The address, for messages."""
+        return _short(self.url)
+
+    def __str__(self):
+        return self.url
+
+    def read(self):
+        """The picture's bytes.
+
+        Raises:
+            ImageError: its host is not among ``domains``, or it cannot be had.
+        """
+        if self.url.lower().startswith("data:"):
+            return _decode(self.url)
+        if not self.is_allowed:
+            raise ImageError(self.refusal)
+        # Who names a host for data of their own may well mean one in their own network.
+        return fetch_allowed(self.url, self.domains, private=True)
+
+    @property
+    def is_allowed(self):
+        """Whether nothing need be fetched, or its host is one of ``domains``."""
+        if self.url.lower().startswith("data:"):
+            return True
+        try:
+            return (urlsplit(self.url).hostname or "").lower() in {domain.lower() for domain in self.domains}
+        except ValueError:
+            return False
+
+    @property
+    def refusal(self):
+        """What to say where it is not."""
+        return (
+            f"'{self.name}' is not on this machine, and its host is not one of --allowed_media_domains: download it, give "
+            "its path, or name the host there"
+        )
 
 
 def _bounded(data, name):

@@ -3,29 +3,24 @@
 import base64
 import binascii
 import hashlib
-import http.client
 import io
-import ipaddress
 import os
 import re
-import socket
-import ssl
 import stat
 import tempfile
-import time
 import urllib.parse
 from dataclasses import dataclass
 
 import numpy as np
 
 from paddlemix.errors import ImageError, VideoError
+from paddlemix.processors.media import NotFetched, fetch_allowed
 
 from .protocol import RequestError
 
 __all__ = ["Media", "MediaRules"]
 
 _DATA = re.compile(r"data:(image|video)/[\w.+-]*((?:;[\w.+=-]*)*),", re.A | re.I)
-_REDIRECTS = 5
 _MAX_PIXELS = 64_000_000  # of a picture from outside: more than any tiling uses, and 200 MB decoded
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
 
@@ -159,65 +154,13 @@ class Media:
             return file.read(self.rules.max_bytes + 1)
 
     def _fetch(self, url):
-        if not self.rules.domains:
+        rules = self.rules
+        if not rules.domains:
             raise RequestError("this server fetches nothing: send a data URL", param="messages")
-        deadline = time.monotonic() + self.rules.timeout
         try:
-            for _ in range(_REDIRECTS + 1):
-                data, url = self._get(url, deadline)
-                if data is not None:
-                    return data
-        except (OSError, http.client.HTTPException, ValueError):
-            raise RequestError("the url could not be fetched", param="messages") from None
-        raise RequestError("the url redirects too often", param="messages")
-
-    def _get(self, url, deadline):
-        """One request: (data, None), or (None, where it is redirected to)."""
-        parts = urllib.parse.urlsplit(url)
-        host = (parts.hostname or "").lower()
-        if parts.scheme not in ("http", "https") or host not in {d.lower() for d in self.rules.domains} or parts.username:
-            raise RequestError("this server does not fetch from there", param="messages")
-        secure = parts.scheme == "https"
-        port = parts.port or (443 if secure else 80)
-        address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
-        number = ipaddress.ip_address(address.partition("%")[0])
-        number = getattr(number, "ipv4_mapped", None) or number
-        if not self.rules.private and (not number.is_global or number.is_multicast):
-            raise RequestError("this server does not fetch from private addresses", param="messages")
-
-        def left():
-            seconds = deadline - time.monotonic()
-            if seconds <= 0:
-                raise RequestError("the url took too long to fetch", param="messages")
-            return seconds
-
-        raw = socket.create_connection((address, port), timeout=left())
-        try:
-            if secure:
-                raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
-            connection = http.client.HTTPConnection(host, port)
-            connection.sock = raw
-            path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-            raw.settimeout(left())
-            connection.request("GET", path, headers={"Accept": "image/*, video/*", "User-Agent": "paddlemix"})
-            response = connection.getresponse()
-            if response.status in (301, 302, 303, 307, 308):
-                return None, urllib.parse.urljoin(url, response.getheader("Location") or "")
-            if response.status != 200:
-                raise RequestError(f"the url answers with status {response.status}", param="messages")
-            data = bytearray()
-            while True:
-                raw.settimeout(left())
-                piece = response.read1(65536)
-                if not piece:
-                    return bytes(data), None
-                data += piece
-                if len(data) > self.rules.max_bytes:
-                    raise RequestError(f"the url holds more than {self.rules.max_bytes >> 20} MB", param="messages")
-        except TimeoutError:
-            raise RequestError("the url took too long to fetch", param="messages") from None
-        finally:
-            raw.close()
+            return fetch_allowed(url, rules.domains, rules.private, rules.timeout, rules.max_bytes)
+        except NotFetched as error:
+            raise RequestError(f"the url is not fetched: {error.reason}", param="messages") from None
 
 
 def _digest(tiles):

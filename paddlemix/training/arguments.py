@@ -58,6 +58,7 @@ class DataTrainingArguments:
 
     meta_path: str | None = _arg(None, "JSON file that lists the data sets")
     eval_meta_path: str | None = _arg(None, "JSON file of held-out data sets, for the validation loss")
+    allowed_media_domains: list[str] | None = _arg(None, "hosts that pictures of records may be fetched from; default: none")
     max_seq_length: int = _arg(2048, "longest sample in tokens, those of pictures included")
     force_image_size: int = _arg(448, "side of a tile in pixels")
     down_sample_ratio: float = _arg(0.5, "pixel shuffle's factor: 0.5 makes 256 tokens of a tile of 448 pixels")
@@ -259,7 +260,7 @@ def parse(argv, prog="internvl_chat_finetune.py", extra=(), classes=CLASSES, des
     flags = []
     for name, value in given.items():
         if value is not None:
-            flags += [f"--{name}", str(value)]
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     values = vars(parser.parse_args(flags + argv))
     for name, allowed in _ONLY.items():
         value = values.pop(name)
@@ -278,9 +279,10 @@ class _Parser(Parser):
 
 def _add(group, item):
     kinds = [kind for kind in typing.get_args(item.type) or (item.type,) if kind is not type(None)]
-    kind = _boolean if kinds[0] is bool else kinds[0]
+    several = typing.get_origin(kinds[0]) is list
+    kind = _boolean if kinds[0] is bool else str if several else kinds[0]
     shown = item.metadata["help"] + ("" if item.default is None else f" (default: {item.default!r})")
-    options = dict(nargs="?", const=True) if kind is _boolean else {}
+    options = dict(nargs="?", const=True) if kind is _boolean else dict(nargs="+") if several else {}
     choices = item.metadata.get("choices")
     group.add_argument(
         f"--{item.name}", type=_none_or(kind), default=item.default, choices=choices, help=shown.replace("%", "%%"), **options

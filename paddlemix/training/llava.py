@@ -286,6 +286,8 @@ class LlavaRecipe:
             data_args.image_aspect_ratio,
             config.mm_use_im_start_end,
         )
+        for source in sources:
+            source.domains = tuple(data_args.allowed_media_domains or ())
         return InternVLDataset(sources, encoder, seed)
 
     def dataset(self, model, tokenizer, data_args, seed):

@@ -103,13 +103,13 @@ class ChatRecipe:
             length = min(data_args.max_seq_length, data_args.max_packed_tokens // self.encoder.answers)
             changes = dict(max_seq_length=length, max_tiles=data_args.num_images_expected)
         encoder = self.encoder(tokenizer, data_args.conv_style, data_options(model.config, data_args, **changes))
-        return InternVLDataset(read_meta(data_args.meta_path, self.parse), encoder, seed)
+        return InternVLDataset(read_meta(data_args.meta_path, self.parse, data_args.allowed_media_domains), encoder, seed)
 
     def validation(self, model, tokenizer, data_args, seed):
         """The one of the held-out data."""
         options = data_options(model.config, data_args, sampling_method="middle")
         encoder = self.encoder(tokenizer, data_args.conv_style, options)
-        return InternVLDataset(read_meta(data_args.eval_meta_path, self.parse), encoder, seed)
+        return InternVLDataset(read_meta(data_args.eval_meta_path, self.parse, data_args.allowed_media_domains), encoder, seed)
 
     def objective(self, model, resumed, processes):
         """What the steps make small; ``resumed`` says whether the model is a checkpoint of this run."""

@@ -184,6 +184,12 @@ def _parser():
     parser.add_argument("--output", default="data_report", help="folder for the report (default: data_report)")
     parser.add_argument("--max_problems", type=int, default=50, help="problems to print; the report has all (default: 50)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument(
+        "--allowed_media_domains",
+        nargs="+",
+        metavar="HOST",
+        help="hosts that pictures of records may be fetched from (default: none)",
+    )
     training = parser.add_argument_group("as in training", "defaults are the checkpoint's own, if nothing else is said")
     training.add_argument("--conv_style", help="conversation template")
     training.add_argument("--force_image_size", type=int, help="side of a tile in pixels")
@@ -203,7 +209,7 @@ def main(argv=None):
     """Parse the command line, check, report; exit code 1 if a record cannot be used."""
     args = _parser().parse_args(argv)
     encoder = _encoder(args)
-    sources = read_meta(args.meta)
+    sources = read_meta(args.meta, domains=args.allowed_media_domains)
     options = encoder.options
     print(
         f"checkpoint {args.model_name_or_path}: template {encoder.template.name}, tiles of {options.image_size} pixels and "

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from paddlemix.errors import UserError
 from paddlemix.processors.boxes import written_boxes
 from paddlemix.processors.image import picture_traits
+from paddlemix.processors.media import Remote
 
 # What each kind of doubt says, with its number in front.
 KINDS = {
@@ -72,6 +73,8 @@ def look_at(record, sizes=()):
                 doubts.fitting.append(_fits(box, sizes[0]))
     if sizes:
         for path in record.images:
+            if isinstance(path, Remote):
+                continue  # it is not fetched once more for this
             try:
                 turned, transparent = picture_traits(path)
             except UserError:
