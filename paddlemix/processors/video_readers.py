@@ -19,7 +19,7 @@ from paddlemix.files import open_regular
 from paddlemix.processors.image import open_image, picture_formats
 
 # Frames of a folder are files of these kinds; everything else in it is ignored.
-FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"}
+FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"}
 
 
 def open_video(path, reader, look=None):
