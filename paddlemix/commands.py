@@ -25,7 +25,6 @@ COMMANDS = {
         "minimonkey": Command("paddlemix.examples.minimonkey.chat_demo_minimonkey", "ask Mini-Monkey about a document"),
         "video": Command("paddlemix.examples.internvl2.chat_demo_video", "ask about a video"),
         "serve": Command("paddlemix.serving.__main__", "an OpenAI-compatible server", "serving"),
-        "cluster": Command("paddlemix.serving.cluster.__main__", "the server on several accelerators or machines", "cluster"),
         "client": Command("paddlemix.serving.cli", "ask a server from the terminal", "serving"),
         "web": Command("paddlemix.serving.web.__main__", "a web page that asks a server", "web"),
         "search": Command("paddlemix.examples.internvl.search", "find pictures by words or by a picture"),
@@ -35,6 +34,7 @@ COMMANDS = {
     "Train": {
         "finetune": Command("paddlemix.examples.internvl2.internvl_chat_finetune", "fine-tune on your data; --devices N"),
         "finetune-retrieval": Command("paddlemix.examples.internvl.finetune_retrieval", "fine-tune InternVL for retrieval"),
+        "pretrain": Command("paddlemix.examples.internvl2.internvl_chat_pretrain", "pretrain on data sets of any size"),
         "mpo": Command("paddlemix.examples.internvl2.internvl_chat_mpo", "train on pairs of a chosen and a rejected answer"),
         "check-data": Command("paddlemix.datasets.internvl2.check", "check training data before hours are spent on it"),
         "plan": Command("paddlemix.training.plan", "how much memory a fine-tuning run takes"),

@@ -27,25 +27,27 @@ class Collator:
             work; None for no filling.
         blank_tile: whether a batch without pictures gets one blank tile. Needed where parameters that only pictures reach
             are trained by several processes, which would wait for each other's gradients.
+        tile_size: side of a blank tile in pixels, where there is no other to tell it.
 
     Raises:
         ConfigError: there is no such reduction.
     """
 
-    def __init__(self, pad_token_id=0, loss_reduction="token", tiles_per_row=None, blank_tile=False):
+    def __init__(self, pad_token_id=0, loss_reduction="token", tiles_per_row=None, blank_tile=False, tile_size=448):
         if loss_reduction not in LOSS_REDUCTIONS:
             raise ConfigError(f"loss_reduction is '{loss_reduction}': it must be one of {', '.join(LOSS_REDUCTIONS)}")
         self.pad_token_id, self.loss_reduction = pad_token_id, loss_reduction
-        self.tiles_per_row, self.blank_tile = tiles_per_row, blank_tile
+        self.tiles_per_row, self.blank_tile, self.tile_size = tiles_per_row, blank_tile, tile_size
 
     def __call__(self, samples):
-        """Batch of samples, one a row; see :meth:`collate_rows`."""
-        batch = self.collate_rows([[sample] for sample in samples])
+        """Batch of samples, one a row; see :meth:`collate_rows`. Those that were skipped leave their ``bad`` alone."""
+        batch = self.collate_rows([[sample] for sample in usable(samples)] or [[]])
+        batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
         del batch["segment_ids"]  # alone in its row, every sample is isolated
         return batch
 
     def collate_rows(self, rows):
-        """Batch of rows, each a list of samples of :class:`InternVLDataset`.
+        """Batch of rows, each a list of samples of :class:`InternVLDataset`; one without samples becomes a token of padding.
 
         Returns:
             Arguments of the model's ``forward``, N the length of the longest row:
@@ -58,7 +60,9 @@ class Collator:
             and, to be taken out before, ``names`` (``file:line`` of every sample) and ``bad`` (for :class:`BadSampleLog`).
         """
         samples = [sample for row in rows for sample in row]
-        parts = [[self._fields(sample, number) for number, sample in enumerate(row, start=1)] for row in rows]
+        parts = [
+            [self._fields(sample, number) for number, sample in enumerate(row or [self._nothing()], start=1)] for row in rows
+        ]
         joined = [{key: np.concatenate([part[key] for part in row]) for key in row[0]} for row in parts]
         length = max(len(row["input_ids"]) for row in joined)
         padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
@@ -67,6 +71,10 @@ class Collator:
         batch["names"] = [sample["name"] for sample in samples]
         batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
         return batch
+
+    def _nothing(self):
+        """What stands in the place of a sample where there is none: a token that teaches nothing."""
+        return {"input_ids": np.array([self.pad_token_id], dtype=np.int64), "labels": np.array([IGNORE_INDEX], dtype=np.int64)}
 
     def _fields(self, sample, number):
         """Arrays [N] of one sample, ``number`` in its row."""
@@ -81,7 +89,8 @@ class Collator:
         }
         if self.loss_reduction != "token":
             learned = int((labels != IGNORE_INDEX).sum())
-            fields["loss_weight"] = np.full(count, LOSS_REDUCTIONS[self.loss_reduction](learned), dtype=np.float32)
+            weight = LOSS_REDUCTIONS[self.loss_reduction](learned) if learned else 0.0
+            fields["loss_weight"] = np.full(count, weight, dtype=np.float32)
         return fields
 
     def _tiles(self, samples, rows):
@@ -91,11 +100,17 @@ class Collator:
         if self.blank_tile and blank <= 0 and not any(map(len, pixels)):
             blank = 1
         if blank > 0:
-            pixels.append(np.zeros((blank, *pixels[0].shape[1:]), dtype=np.float32))
+            shape = pixels[0].shape[1:] if pixels else (3, self.tile_size, self.tile_size)
+            pixels.append(np.zeros((blank, *shape), dtype=np.float32))
             flags.append(np.zeros(blank, dtype=np.int64))
         if not any(map(len, pixels)):
             return {}
         return {"pixel_values": np.concatenate(pixels), "image_flags": np.concatenate(flags)}
+
+
+def usable(samples):
+    """Those of ``samples`` that were not skipped."""
+    return [sample for sample in samples if "input_ids" in sample]
 
 
 def padded(values, length, filling):

@@ -20,17 +20,18 @@ class InternVLDataset:
     An index is an integer, or ``(epoch, integer)``: what is random about a sample is decided by the seed, its epoch and its
     index alone, so that it does not matter which process loads it, or whether the run was interrupted before.
 
-    A record that cannot be used is replaced by the next that can. The sample says so (``bad``), and :class:`BadSampleLog`
-    keeps count in the process that trains.
+    A record that cannot be used is replaced by the next that can, or skipped. The sample says so (``bad``), and
+    :class:`BadSampleLog` keeps count in the process that trains.
 
     Args:
         sources: list of :class:`Source`.
         encoder: :class:`SampleEncoder`.
         seed: 0 or any positive integer.
+        skip: whether nothing takes the place of a record that cannot be used: its sample has ``name`` and ``bad`` alone.
     """
 
-    def __init__(self, sources, encoder, seed=0):
-        self.sources, self.encoder, self.seed = sources, encoder, seed
+    def __init__(self, sources, encoder, seed=0, skip=False):
+        self.sources, self.encoder, self.seed, self.skip = sources, encoder, seed, skip
         self._ends = np.cumsum([len(source) for source in sources])
 
     @classmethod
@@ -67,8 +68,10 @@ class InternVLDataset:
                 rng = np.random.default_rng([self.seed, epoch, current])
                 sample = self.encoder.encode(record, source.data_augment, source.max_dynamic_patch, rng)
             except UserError as error:
-                where = {"dataset": source.name, "file": str(source.annotation), "line": source.line(place)}
-                bad.append({**where, "reason": str(error)})
+                file, line = source.where(place)
+                bad.append({"dataset": source.name, "file": str(file), "line": line, "reason": str(error)})
+                if self.skip:
+                    return {"name": source.place(place), "bad": bad}
             else:
                 return {**sample, "name": source.place(place), "bad": bad}
         raise DataError(
@@ -144,21 +147,30 @@ def measure(dataset, cache_dir=None, progress=None):
     Returns:
         ``(tokens, tiles)``, int64 arrays [len(dataset)]; a record that cannot be used counts as nothing.
     """
-    costs = []
+    found = []
     for source in dataset.sources:
         cost = _cached(source, dataset.encoder, cache_dir, progress or iter)
-        costs.append(np.tile(cost, (len(source) // source.num_records, 1)))
-    tokens, tiles = np.concatenate(costs).T
+        found.append(np.tile(cost, (len(source) // source.num_records, 1)))
+    tokens, tiles = np.concatenate(found).T
     return tokens, tiles
+
+
+def costs(dataset):
+    """What samples cost, one by one as they are asked for: a function from an index to what :func:`measure` has for it."""
+    known = {}
+
+    def cost(index):
+        source, place = dataset.locate(index)
+        return _cost(source, place, dataset.encoder, known)
+
+    return cost
 
 
 def _cached(source, encoder, cache_dir, progress):
     """Costs of a source's records, int64 [num_records, 2]."""
     if cache_dir is None:
         return _costs(source, encoder, progress)
-    status = os.stat(source.annotation)
-    facts = [os.path.abspath(source.annotation), status.st_size, status.st_mtime_ns, os.path.abspath(source.root)]
-    facts += [source.num_records, source.max_dynamic_patch, encoder.options, encoder.template, len(encoder.tokenizer)]
+    facts = [*source.stamp(), source.max_dynamic_patch, encoder.options, encoder.template, len(encoder.tokenizer)]
     key = hashlib.sha256(repr(facts).encode("utf-8", "surrogateescape")).hexdigest()[:16]
     path = os.path.join(cache_dir, f"lengths-{key}.npy")
     if os.path.exists(path):
@@ -191,7 +203,7 @@ def _cost(source, index, encoder, known):
     except UserError:
         return 0, 0
     length = record.length or known[look] + tiles * encoder.options.num_image_token
-    return min(length, encoder.options.max_seq_length), tiles
+    return encoder.answers * min(length, encoder.options.max_seq_length), tiles
 
 
 def _sentence(entry):

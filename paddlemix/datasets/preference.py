@@ -11,7 +11,7 @@ import numpy as np
 from paddlemix.errors import DataError
 from paddlemix.models.blocks.conversation import IGNORE_INDEX, encode_conversations
 
-from .collate import Collator, padded
+from .collate import Collator, padded, usable
 from .internvl2.encoding import SampleEncoder, marked
 from .records import Record, load_object, read_record
 
@@ -126,7 +126,9 @@ class PairCollator(Collator):
 
     def __call__(self, samples):
         """Batch of pairs of :class:`PreferenceEncoder`, two rows each."""
-        return self.collate_rows([[sample] for sample in samples], apart=True)
+        batch = self.collate_rows([[sample] for sample in usable(samples)], apart=True)
+        batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
+        return batch
 
     def collate_rows(self, rows, apart=False):
         """Batch of rows of pairs: the answers of a pair follow each other in its row, or are rows ``apart``."""
@@ -140,19 +142,22 @@ class PairCollator(Collator):
         else:
             numbers = iter(range(len(samples)))
             placed = [[(kind, n) for n in [next(numbers) for _ in row] for kind in ("chosen", "rejected")] for row in rows]
+        if not samples:
+            placed = [[("nothing", 0)]] * 2
         ends = np.cumsum([0, *(len(sample["pixel_values"]) for sample in samples)])
         parts, order = [], []
         for row in placed:
             fields = []
             for position, (kind, number) in enumerate(row, start=1):
                 prefix = "rejected_" if kind == "rejected" else ""
-                side = {key: samples[number][f"{prefix}{key}"] for key in ("input_ids", "labels")}
+                sample = samples[number] if samples else self._nothing()
+                side = {key: sample[f"{prefix}{key}"] for key in ("input_ids", "labels")}
                 field = self._fields(side, position)
                 sequence = number + (kind == "rejected") * len(samples)
                 field["sequence"] = np.where(side["labels"] == IGNORE_INDEX, -1, sequence)
                 field["sequence"][0] = -1  # predicted from nothing
                 fields.append(field)
-                order += range(ends[number], ends[number + 1])
+                order += range(ends[number], ends[number + 1]) if samples else ()
             parts.append({key: np.concatenate([field[key] for field in fields]) for key in fields[0]})
         length = max(len(part["input_ids"]) for part in parts)
         filling = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "sequence": -1}

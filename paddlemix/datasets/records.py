@@ -20,8 +20,12 @@ from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT
 from paddlemix.processors.image import picture_formats
 from paddlemix.processors.media import Remote, is_address
 
+from .lines import LineIndex
+from .shards import Shards, expand
+from .shuffling import shuffled
+
 VIDEO_PLACEHOLDER = "<video>"
-_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length", "max_dynamic_patch")
+_KEYS = ("root", "annotation", "shards", "data_augment", "repeat_time", "length", "max_dynamic_patch")
 _ROLES = ("system", "human", "gpt")
 _MESSAGE_ROLES = {"system": "system", "user": "human", "assistant": "gpt"}
 
@@ -53,13 +57,15 @@ class Source:
     Args:
         name: of the data set.
         root: folder that the paths of pictures and videos are relative to.
-        annotation: path of the JSON-lines file, or of a ``.json`` file that holds one list of records.
+        annotation: path of the JSON-lines file, of a ``.json`` file that holds one list of records, or the path or pattern of
+            tar shards (see :mod:`~.shards`).
         data_augment: whether pictures are re-encoded as JPEG of random quality.
         repeat_time: below 1, the share of the records that is used, counted from the first; else a whole number of times
             that each is used in an epoch.
         length: how many records the meta file claims; informative.
         max_dynamic_patch: bound on the tiles of a sample's pictures in place of the training's own; None for that.
         parse: as :func:`parse_record`, for records of another form.
+        draw: seed by which a share of the records is drawn at random; None for the first ones.
 
     Raises:
         DataError: the file cannot be read or has no record.
@@ -68,36 +74,50 @@ class Source:
     domains = ()  # hosts that pictures may be fetched from
 
     def __init__(
-        self, name, root, annotation, data_augment=False, repeat_time=1, length=None, max_dynamic_patch=None, parse=None
+        self,
+        name,
+        root,
+        annotation,
+        data_augment=False,
+        repeat_time=1,
+        length=None,
+        max_dynamic_patch=None,
+        parse=None,
+        draw=None,
     ):
         self.parse = parse or parse_record
         self.name, self.root, self.annotation = name, root, annotation
         self.data_augment, self.max_dynamic_patch = data_augment, max_dynamic_patch
         self.repeat_time, self.length = repeat_time, length
-        is_list = os.fspath(annotation).endswith(".json")
-        offsets, lengths, lines = (_index_list if is_list else _index_lines)(annotation)
-        if repeat_time < 1:
-            offsets, lengths, lines = (x[: int(len(x) * repeat_time)] for x in (offsets, lengths, lines))
-        if not len(offsets):
+        self._rows = _rows(annotation)
+        self.num_records = int(len(self._rows) * min(1, repeat_time))
+        if not self.num_records:
             share = f" of which repeat_time {repeat_time} leaves none" if repeat_time < 1 else ""
             raise DataError(f"data set '{name}': {annotation} has too few records{share}: add some, or remove the data set")
-        self._offsets, self._lengths, self._lines = offsets, lengths, lines
-
-    @property
-    def num_records(self):
-        """Records in use, each counted once."""
-        return len(self._offsets)
+        self._draw = None if draw is None or repeat_time >= 1 else [draw, *name.encode()]
 
     def __len__(self):
         return self.num_records * max(1, int(self.repeat_time))
 
+    def _row(self, index):
+        place = index % self.num_records
+        return place if self._draw is None else int(shuffled(place, len(self._rows), self._draw))
+
+    def where(self, index):
+        """Where a record stands: (path of the file, number of its line, or of the record in a list or a shard, from 1)."""
+        return self._rows.where(self._row(index))
+
     def line(self, index):
         """Line number of a record in the file, from 1."""
-        return int(self._lines[index % self.num_records])
+        return self.where(index)[1]
 
     def place(self, index):
         """Where a record stands, ``file:line``."""
-        return f"{self.annotation}:{self.line(index)}"
+        return "{}:{}".format(*self.where(index))
+
+    def stamp(self):
+        """What tells the records from those of other files, or of the same file at another time; for keys of caches."""
+        return [self._rows.stamp(), os.path.abspath(self.root), self.num_records, self._draw]
 
     def read(self, index):
         """The :class:`Record` of that index.
@@ -105,11 +125,7 @@ class Source:
         Raises:
             DataError: it is not valid JSON or not a usable record; the message says why, but not where: see :meth:`place`.
         """
-        place = index % self.num_records
-        with open(self.annotation, "rb") as file:
-            file.seek(self._offsets[place])
-            line = file.read(int(self._lengths[place]))
-        return _allowed(self.parse(line, self.root), self.domains)
+        return _allowed(self._rows.record(self._row(index), self.parse, self.root), self.domains)
 
 
 def _allowed(record, domains):
@@ -127,7 +143,15 @@ def _allowed(record, domains):
     return dataclasses.replace(record, images=tuple(images))
 
 
-def read_meta(path, parse=None, domains=()):
+def _rows(annotation):
+    """The records of a file or of shards: ``len()`` of them, ``where(row)``, ``record(row, parse, root)`` and ``stamp()``."""
+    path = os.fspath(annotation)
+    if path.endswith(".tar"):
+        return Shards(expand(path))
+    return _List(path) if path.endswith(".json") else LineIndex(path)
+
+
+def read_meta(path, parse=None, domains=(), draw=None):
     """The data sets of a meta file: ``{name: {"root": ..., "annotation": ..., ...}, ...}``.
 
     Relative paths are taken from the working directory, as in the original, and where nothing is there, from the folder of
@@ -135,7 +159,7 @@ def read_meta(path, parse=None, domains=()):
 
     Args:
         path: of the meta file.
-        parse: see :class:`Source`.
+        parse, draw: see :class:`Source`.
         domains: hosts that pictures of records may be fetched from (``--allowed_media_domains``).
 
     Returns:
@@ -153,7 +177,7 @@ def read_meta(path, parse=None, domains=()):
         raise DataError(f"meta file {path} is not valid JSON ({error})") from None
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"meta file {path} must hold an object that names at least one data set")
-    sources = [_source(name, entry, path, parse) for name, entry in meta.items()]
+    sources = [_source(name, entry, path, parse, draw) for name, entry in meta.items()]
     for source in sources:
         source.domains = tuple(domains or ())
     return sources
@@ -222,17 +246,43 @@ def load_object(line):
 def picture_size(path):
     """(width, height) of a picture in pixels from its header alone, or None where that cannot be read."""
     try:
-        if isinstance(path, Remote):
-            path = io.BytesIO(path.read())
-        with Image.open(path, formats=picture_formats()) as image:
+        source = io.BytesIO(path.read()) if hasattr(path, "read") else path  # at an address, or in a shard
+        with Image.open(source, formats=picture_formats()) as image:
             return image.size
     # A damaged header may raise anything; whoever loads the whole picture says what is wrong.
     except Exception:
         return None
 
 
+class _List:
+    """The records of a file that holds one list of them."""
+
+    def __init__(self, path):
+        self.path = path
+        self._spans = _index_list(path)
+
+    def __len__(self):
+        return len(self._spans)
+
+    def where(self, number):
+        """(path, number of the record from 1)."""
+        return self.path, number + 1
+
+    def record(self, number, parse, root):
+        """The record of that number."""
+        offset, length = map(int, self._spans[number])
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return parse(file.read(length), root)
+
+    def stamp(self):
+        """What tells this file from others, and from itself at another time."""
+        status = os.stat(self.path)
+        return [os.path.abspath(self.path), status.st_size, status.st_mtime_ns]
+
+
 def _index_list(path):
-    """Offsets, lengths and numbers of the records of a file that holds one list of them, int64 arrays."""
+    """Offsets and lengths of the records of a file that holds one list of them, int64 ``[N, 2]``."""
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -259,24 +309,7 @@ def _index_list(path):
             raise DataError(f"annotation file {path} is cut short or not valid JSON behind record {len(spans)}: copy it again")
     if not text[at:]:
         raise DataError(f"annotation file {path} is cut short behind record {len(spans)}: copy it again")
-    offsets, lengths = np.array(spans, dtype=np.int64).reshape([-1, 2]).T
-    return offsets, lengths, np.arange(1, len(spans) + 1)
-
-
-def _index_lines(path):
-    """Offsets, lengths and numbers of the lines of a file that are not blank, int64 arrays."""
-    offsets, lengths, lines, offset = [], [], [], 0
-    try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    offsets.append(offset)
-                    lengths.append(len(line))
-                    lines.append(number)
-                offset += len(line)
-    except OSError as error:
-        raise DataError(f"annotation file {path} cannot be read ({error.strerror}): check the meta file") from None
-    return tuple(np.array(values, dtype=np.int64) for values in (offsets, lengths, lines))
+    return np.array(spans, dtype=np.int64).reshape([-1, 2])
 
 
 def _unique_keys(path, pairs):
@@ -287,17 +320,21 @@ def _unique_keys(path, pairs):
     return dict(pairs)
 
 
-def _source(name, entry, path, parse=None):
+def _source(name, entry, path, parse=None, draw=None):
     where = f"data set '{name}' of meta file {path}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with 'root' and 'annotation', not {_describe(entry)}")
     unknown = sorted(set(entry) - set(_KEYS))
     if unknown:
         raise DataError(f"{where} has an unknown key '{unknown[0]}': the keys are {', '.join(_KEYS)}")
-    annotation, root = entry.get("annotation"), entry.get("root", "")
-    endings = (".jsonl", ".json") if parse else (".jsonl",)
+    if "shards" in entry and "annotation" in entry:
+        raise DataError(f"{where} has both 'shards' and 'annotation': name one of them")
+    annotation, root = entry.get("annotation", entry.get("shards")), entry.get("root", "")
+    key, endings = "annotation", (".jsonl", ".json") if parse else (".jsonl",)
+    if "shards" in entry:
+        key, endings = "shards", (".tar",)
     if not isinstance(annotation, str) or not annotation.endswith(endings):
-        raise DataError(f"{where} needs an 'annotation' that ends in {' or '.join(endings)}, not {_describe(annotation)}")
+        raise DataError(f"{where} needs {_a(key)} that ends in {' or '.join(endings)}, not {_describe(annotation)}")
     if not isinstance(root, str):
         raise DataError(f"{where}: 'root' must be the path of a folder, not {_describe(root)}")
     augment = entry.get("data_augment", False)
@@ -313,13 +350,19 @@ def _source(name, entry, path, parse=None):
     if patches is not None and not _is_count(patches):
         raise DataError(f"{where}: 'max_dynamic_patch' must be a positive whole number, not {_describe(patches)}")
     folder = os.path.dirname(os.path.abspath(path))
-    annotation, root = (_resolve(p, folder) for p in (annotation, root))
-    return Source(name, root, annotation, augment, repeat, entry.get("length"), patches, parse)
+    annotation = _resolve(annotation, folder, expand(annotation)[0] if key == "shards" else annotation)
+    return Source(name, _resolve(root, folder), annotation, augment, repeat, entry.get("length"), patches, parse, draw)
 
 
-def _resolve(path, folder):
-    beside = os.path.join(folder, path)
-    return beside if not os.path.exists(path) and os.path.exists(beside) else path
+def _a(key):
+    return f"{'an' if key == 'annotation' else 'a pattern of'} '{key}'"
+
+
+def _resolve(path, folder, example=None):
+    """``path``, or the same in ``folder`` where only that exists; an ``example`` may stand for it."""
+    example = example or path
+    there = not os.path.exists(example) and os.path.exists(os.path.join(folder, example))
+    return os.path.join(folder, path) if there else path
 
 
 def _from_messages(record):

@@ -11,9 +11,15 @@ import numpy as np
 
 from paddlemix.errors import ConfigError
 
+from .shuffling import shuffled
+
+_NEAR = 4096  # places of a stream that are computed together
+
 
 class SampleOrder:
     """The stream of samples: every epoch is a new permutation, or a new draw where sources are weighted.
+
+    Any place of the stream is computed by itself, in no memory to speak of: there may be 10^8 samples.
 
     Args:
         sizes: number of samples of each source.
@@ -29,7 +35,9 @@ class SampleOrder:
             raise ConfigError("use_data_resampling and replacement draw at random: they need shuffling")
         self.sizes, self.seed = [int(size) for size in sizes], seed
         self.resample, self.replacement, self.shuffle = resample, replacement, shuffle
-        self._epoch = lru_cache(maxsize=2)(self._draw)
+        self._starts = np.cumsum([0, *self.sizes])
+        self._drawn = lru_cache(maxsize=4)(self._counts)
+        self._near = lru_cache(maxsize=8)(self._block)
 
     def __len__(self):
         return sum(self.sizes)
@@ -37,25 +45,39 @@ class SampleOrder:
     def __getitem__(self, position):
         """Key of the sample at a position of the stream, ``(epoch, index)``."""
         epoch, place = divmod(int(position), len(self))
-        return epoch, int(self._epoch(epoch)[place])
+        return epoch, int(self._near(epoch, place // _NEAR)[place % _NEAR])
 
-    def _draw(self, epoch):
-        """Indices of an epoch, int64 [len(self)]."""
+    def _block(self, epoch, number):
+        """Places are mostly asked for in order, and many cost hardly more than one."""
+        return self.indices(epoch, np.arange(number * _NEAR, min((number + 1) * _NEAR, len(self))))
+
+    def indices(self, epoch, places):
+        """Indices of the samples at ``places`` of an epoch, int64 in the shape of ``places``."""
         if not self.shuffle:
-            return np.arange(len(self))
-        rng = np.random.default_rng([self.seed, epoch])
+            return np.asarray(places, dtype=np.int64)
+        slots = shuffled(places, len(self), [self.seed, epoch])
         if not (self.resample or self.replacement):
-            return rng.permutation(len(self))
-        starts = np.cumsum([0, *self.sizes[:-1]])
-        draws = [start + _draws(size, count, rng) for start, size, count in zip(starts, self.sizes, self._counts(rng))]
-        return rng.permutation(np.concatenate(draws))
+            return slots
+        ends = np.cumsum(self._drawn(epoch))
+        sources = np.searchsorted(ends, slots, side="right")
+        found = np.empty_like(slots)
+        for source in np.unique(sources):
+            own = sources == source
+            draws = slots[own] - (ends[source - 1] if source else 0)
+            rounds, size = draws // self.sizes[source], self.sizes[source]
+            within = np.empty_like(draws)
+            for turn in np.unique(rounds):  # none is drawn again before all were drawn
+                now = rounds == turn
+                within[now] = shuffled(draws[now] % size, size, [self.seed, epoch, source, turn])
+            found[own] = self._starts[source] + within
+        return found
 
-    def _counts(self, rng):
+    def _counts(self, epoch):
         """How many samples an epoch draws of each source."""
         weights = np.sqrt(self.sizes) if self.resample else np.array(self.sizes, dtype=np.float64)
         shares = weights / weights.sum()
         if self.replacement:
-            return rng.multinomial(len(self), shares)
+            return np.random.default_rng([self.seed, epoch]).multinomial(len(self), shares)
         # The largest remainders are rounded up, so that the sum is right.
         exact = shares * len(self)
         counts = exact.astype(np.int64)
@@ -125,12 +147,6 @@ def sequential_batches(count, batch_size, rank=0, world=1):
     """Batches of indices for evaluation: every sample once, in order; processes take turns and may differ by one batch."""
     batches = [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)]
     return batches[rank::world]
-
-
-def _draws(size, count, rng):
-    """``count`` indices below ``size``, none drawn again before all were drawn."""
-    rounds = -(-count // size)
-    return np.concatenate([np.arange(0), *(rng.permutation(size) for _ in range(rounds))])[:count]
 
 
 def _balance(micro_batches, work, world):

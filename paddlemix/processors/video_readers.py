@@ -19,18 +19,16 @@ from paddlemix.files import open_regular
 from paddlemix.processors.image import open_image, picture_formats
 
 # Frames of a folder are files of these kinds; everything else in it is ignored.
-FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"}
+FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"}
 
 
-def open_video(path, reader, look=None):
-    """A reader of frames; ``look`` is how :func:`~.image.open_image` takes the pictures of a folder or of an animation."""
-    look = look or {}
+def open_video(path, reader):
     if not isinstance(path, (str, os.PathLike)):
         raise VideoError(f"a video must be the path of a file or folder, not {type(path).__name__}")
     path = Path(path)
     name = f"video {str(path)!r}"
     if path.is_dir():
-        return _FolderReader(path, name, look)
+        return _FolderReader(path, name)
     try:
         with open_regular(path) as file:
             if not file.read(1):
@@ -48,7 +46,7 @@ def open_video(path, reader, look=None):
         pass
     else:
         if picture.format in _AnimationReader.formats and (picture.format == "GIF" or picture.is_animated):
-            return _AnimationReader(picture, name, look)
+            return _AnimationReader(picture, name)
         picture.close()
         raise VideoError(f"{name} is a still {picture.format} picture; give it as an image instead")
 
@@ -94,8 +92,8 @@ class _FolderReader:
 
     fps = None
 
-    def __init__(self, path, name, look):
-        self.name, self._look = name, look
+    def __init__(self, path, name):
+        self.name = name
         pictures = (file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES and file.name[0] != ".")
         self._files = sorted(pictures, key=lambda file: _natural_order(file.name))
         self.num_frames = len(self._files)
@@ -103,7 +101,7 @@ class _FolderReader:
             raise VideoError(f"{name} is a folder without pictures; put the frames there as JPEG or PNG files")
 
     def frames(self, indices):
-        return (open_image(self._files[index], **self._look) for index in indices)
+        return (open_image(self._files[index]) for index in indices)
 
     def close(self):
         pass
@@ -118,8 +116,8 @@ class _AnimationReader:
 
     formats = ("GIF", "WEBP", "PNG", "AVIF")
 
-    def __init__(self, picture, name, look):
-        self.name, self._picture, self._look = name, picture, look
+    def __init__(self, picture, name):
+        self.name, self._picture = name, picture
         with self._errors():
             self.num_frames = picture.n_frames
             self._read(self.num_frames - 1)  # where a GIF is cut off, the last frame is incomplete
@@ -141,7 +139,7 @@ class _AnimationReader:
 
     def _read(self, index):
         self._picture.seek(index)
-        return open_image(self._picture, **self._look)
+        return open_image(self._picture)
 
     @contextmanager
     def _errors(self):

@@ -17,7 +17,7 @@ class CausalObjective:
     def loss(self, model, batch, totals, update=True):
         """This batch's share of the step's loss, a scalar; ``totals`` are the weights of all batches of all processes."""
         inputs = {key: value for key, value in batch.items() if key not in ("names", "bad")}
-        return model(**inputs).loss * (self.weights(batch)[0] / totals[0])
+        return model(**inputs).loss * (self.weights(batch)[0] / (totals[0] or 1.0))  # 0: no sample of the step can be used
 
     def metrics(self, processes, update=True):
         """Further values for the log, since the last call, of training or (not ``update``) of validation; all call this."""

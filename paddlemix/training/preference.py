@@ -183,6 +183,9 @@ class PreferenceObjective:
         with self._tower_once(model, batch) as pixels:
             base = self._reference_logps(model, batch, pixels)
             logps, counts, head, hidden = log_probabilities(model, batch, pixels)
+        if not pairs:  # all that were drawn are bad; the others' mean counts none of this process's rewards
+            self.preference(*[np.zeros(0, "float32")] * 4, update=update)
+            return hidden.sum().astype("float32") * 0
         chosen, rejected = logps[:pairs], logps[pairs:]
         lengths = counts[:pairs], counts[pairs:]
         losses, chosen_rewards, rejected_rewards = self.preference(chosen, rejected, *base, lengths, update)
@@ -190,7 +193,7 @@ class PreferenceObjective:
         rewards = chosen_rewards.numpy(), rejected_rewards.numpy()
         logits = self._mean_logits(batch, head, hidden)
         self._noted[update].append(_sums(chosen, rejected, *rewards, logits, float(nll.detach()), counts))
-        return losses.sum() * (1 / totals[0]) + self.rpo_alpha * nll * (1 / max(totals[1], 1))
+        return losses.sum() * (1 / max(totals[0], 1)) + self.rpo_alpha * nll * (1 / max(totals[1], 1))
 
     @contextlib.contextmanager
     def _tower_once(self, model, batch):
@@ -288,6 +291,7 @@ class PreferenceRecipe(ChatRecipe):
 
     encoder, collator = PreferenceEncoder, PairCollator
     parse = staticmethod(parse_preference)
+    skip, drawn = True, True
 
     def __init__(self, model_args, preference):
         self.model_args, self.preference = model_args, preference

@@ -1,5 +1,7 @@
 """Sizes of the published models, for plans of what they cost."""
 
+import re
+
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
 
 _VIT_300M = dict(
@@ -72,24 +74,48 @@ _PARTS = {
     "internlm2-chat-20b": "InternVL-Chat-V1-5",
     "internlm2-chat-1_8b": "Mini-InternVL-Chat-2B-V1-5",
     "phi-3-mini-128k-instruct": "Mini-InternVL-Chat-4B-V1-5",
-    "gpt-oss-20b": "InternVL3_5-GPT-OSS-20B-A4B-Preview",
     "internvl_chat_v1_5_hermes2_yi34b_dynamic_res_pretrain": "InternVL-Chat-V1-2",
     "internvl_chat_v1_5_internlm2_20b_dynamic_res_pretrain": "InternVL-Chat-V1-5",
     "internvl_chat_v1_5_internlm2_1_8b_dynamic_res_pretrain": "Mini-InternVL-Chat-2B-V1-5",
     "internvl_chat_v1_5_phi3_3_8b_dynamic_res_pretrain": "Mini-InternVL-Chat-4B-V1-5",
 }
+# Those of InternVL2.5's language models, and what its stages write: internvl2_5_1b_qwen2_5_0_5b_dynamic_res_stage1.
+_PARTS |= {
+    f"{llm}-{'chat' if 'internlm' in llm else 'instruct'}": f"InternVL2_5-{size}"
+    for size, llm in {
+        "1B": "qwen2.5-0.5b",
+        "2B": "internlm2_5-1_8b",
+        "4B": "qwen2.5-3b",
+        "8B": "internlm2_5-7b",
+        "26B": "internlm2_5-20b",
+        "38B": "qwen2.5-32b",
+        "78B": "qwen2.5-72b",
+    }.items()
+}
+_STAGES = re.compile(r"internvl2_5_(\d+b)_\w+_dynamic_res_stage\d(_5)?")
 _SIZES = {**_PUBLISHED, **_LATER, **_EARLIER}
 PUBLISHED, LATER = tuple(_PUBLISHED), tuple(_LATER)
 
 
 def is_known(name):
     """Whether :func:`published_config` knows the name of a model, or of a part that one is put together from."""
-    return _PARTS.get(name.lower(), name) in _SIZES
+    return _plain(name) in _SIZES
+
+
+def _plain(name):
+    """The name of the published model whose sizes another has."""
+    name = name.removesuffix("-Instruct") if name.startswith("InternVL3") else name
+    stage = _STAGES.fullmatch(name)
+    if stage:
+        return f"InternVL2_5-{stage[1].upper()}"
+    if name.startswith("internvl3_5_gpt_oss_20b"):
+        return "InternVL3_5-GPT-OSS-20B-A4B-Preview"
+    return _PARTS.get(name.lower(), name)
 
 
 def published_config(name):
     """Sizes of a published model, as a configuration; ``name`` is one of :data:`PUBLISHED`, or another one's."""
-    name = _PARTS.get(name.lower(), name)
+    name = _plain(name)
     vision, family, hidden, layers, heads, kv_heads, mlp, vocabulary = _SIZES[name]
     llm = {
         "architectures": [f"{family}ForCausalLM"],

@@ -13,6 +13,7 @@ from paddlemix.datasets.internvl2 import (
     SampleEncoder,
     SampleOrder,
     TrainBatchSampler,
+    costs,
     measure,
     read_meta,
     rows_per_epoch,
@@ -32,7 +33,7 @@ class SampledBatches:
     def __init__(self, sampler, loader):
         self.sampler, self.loader = sampler, loader
 
-    def start(self, step, state):
+    def start(self, step, states):
         """Batches from a step on."""
         self.sampler.resume(step)
         return iter(self.loader)
@@ -60,10 +61,10 @@ class PackedRows:
     def __init__(self, batches):
         self.batches = batches
 
-    def start(self, step, state):
-        """Batches from where ``state`` was taken on."""
-        if state is not None:
-            self.batches.load_state_dict(state["packed"])
+    def start(self, step, states):
+        """Batches from where the ``states`` of all processes were taken on."""
+        if states is not None:
+            self.batches.load_state_dict(*(state["packed"] for state in states))
         return iter(self.batches)
 
     def state(self):
@@ -94,7 +95,10 @@ class ChatRecipe:
     build_model = staticmethod(build_model)
     prepare = staticmethod(prepare)
     save_model = staticmethod(save_model)
-    measure = staticmethod(measure)
+    measure, costs = staticmethod(measure), staticmethod(costs)
+    # A record that cannot be used: whether nothing takes its place. Where a share of a data set is used: whether it is drawn.
+    skip, drawn = False, False
+    sized = True  # whether all samples may be measured before, so that processes have as much to do as others
 
     def dataset(self, model, tokenizer, data_args, seed):
         """The :class:`InternVLDataset` of the training data."""
@@ -103,13 +107,16 @@ class ChatRecipe:
             length = min(data_args.max_seq_length, data_args.max_packed_tokens // self.encoder.answers)
             changes = dict(max_seq_length=length, max_tiles=data_args.num_images_expected)
         encoder = self.encoder(tokenizer, data_args.conv_style, data_options(model.config, data_args, **changes))
-        return InternVLDataset(read_meta(data_args.meta_path, self.parse, data_args.allowed_media_domains), encoder, seed)
+        domains = data_args.allowed_media_domains
+        sources = read_meta(data_args.meta_path, self.parse, domains, seed if self.drawn else None)
+        return InternVLDataset(sources, encoder, seed, self.skip)
 
     def validation(self, model, tokenizer, data_args, seed):
         """The one of the held-out data."""
         options = data_options(model.config, data_args, sampling_method="middle")
         encoder = self.encoder(tokenizer, data_args.conv_style, options)
-        return InternVLDataset(read_meta(data_args.eval_meta_path, self.parse, data_args.allowed_media_domains), encoder, seed)
+        sources = read_meta(data_args.eval_meta_path, self.parse, data_args.allowed_media_domains)
+        return InternVLDataset(sources, encoder, seed, self.skip)
 
     def objective(self, model, resumed, processes):
         """What the steps make small; ``resumed`` says whether the model is a checkpoint of this run."""
@@ -128,13 +135,14 @@ def training_data(model, tokenizer, data_args, args, processes, recipe=None):
         UserError: data or arguments cannot be used.
     """
     recipe = recipe or ChatRecipe()
-    dataset = recipe.dataset(model, tokenizer, data_args, args.seed)
+    dataset = processes.first_then_others(lambda: recipe.dataset(model, tokenizer, data_args, args.seed))  # leaves an index
     strict = data_args.use_packed_ds and data_args.strict_mode
     collator = recipe.collator(
         pad_token_id=tokenizer.pad_token_id or 0,
         loss_reduction=data_args.loss_reduction,
         tiles_per_row=data_args.num_images_expected if strict else None,
         blank_tile=args.sharding == "stage3",  # all processes run the vision tower, or none
+        tile_size=data_args.force_image_size,
     )
     order = recipe.order(dataset, data_args, args, processes)
     share = dict(rank=processes.rank, world=processes.world)
@@ -143,16 +151,23 @@ def training_data(model, tokenizer, data_args, args, processes, recipe=None):
         limits = data_args.max_packed_tokens, data_args.num_images_expected
         packer = Packer(*limits, data_args.max_buffer_size, data_args.allow_overflow)
         batches = PackedBatches(
-            dataset, order, packer, collator, args.per_device_train_batch_size, **share, num_workers=args.dataloader_num_workers
+            dataset,
+            order,
+            packer,
+            collator,
+            args.per_device_train_batch_size,
+            **share,
+            num_workers=args.dataloader_num_workers,
+            accumulation=args.gradient_accumulation_steps,
         )
         steps = args.max_steps
         if steps < 1:
-            tokens, tiles = processes.first_then_others(lambda: recipe.measure(dataset, cache))
-            rows = rows_per_epoch(order, Packer(*limits, data_args.max_buffer_size), tokens, tiles)
+            rows = rows_per_epoch(order, Packer(*limits, data_args.max_buffer_size), recipe.costs(dataset))
             at_once = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world
             steps = math.ceil(rows * args.num_train_epochs / at_once)
         return PackedRows(batches), steps
-    group, balance = args.group_by_length and args.per_device_train_batch_size > 1, processes.world > 1
+    group = recipe.sized and args.group_by_length and args.per_device_train_batch_size > 1
+    balance = recipe.sized and processes.world > 1
     tokens = tiles = None
     if group or balance:
         tokens, tiles = processes.first_then_others(lambda: recipe.measure(dataset, cache))
@@ -178,6 +193,8 @@ def validation_data(model, tokenizer, data_args, args, processes, recipe=None):
     batches = sequential_batches(len(dataset), args.per_device_eval_batch_size, processes.rank, processes.world)
     if args.max_evaluate_steps > 0:
         batches = batches[: args.max_evaluate_steps]
-    collator = recipe.collator(tokenizer.pad_token_id or 0, blank_tile=args.sharding == "stage3")
+    collator = recipe.collator(
+        tokenizer.pad_token_id or 0, blank_tile=args.sharding == "stage3", tile_size=data_args.force_image_size
+    )
     loader = BatchLoader(dataset, batches, collator, args.dataloader_num_workers)
     return lambda: iter(loader)

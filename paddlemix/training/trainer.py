@@ -251,7 +251,7 @@ def finetune(model_args, data_args, args, recipe=None):
     objective = recipe.objective(model, bool(resumed), processes)
     trainer = Trainer(model, trained, args, processes, total, rates=rates, objective=objective)
     trainer.write = recipe.save_model
-    done, state = 0, None
+    done, states = 0, None
     if resumed and args.do_train and not args.ignore_load_lr_and_optim:
         done, states = read_state(resumed)
         data.check(states[0])
@@ -269,7 +269,7 @@ def finetune(model_args, data_args, args, recipe=None):
             bad_samples = BadSampleLog(os.path.join(args.output_dir, "bad_samples.jsonl"), data_args.max_bad_samples)
             run = _Run(trainer, data, validation, checkpoints, log, (tokenizer, source), bad_samples)
             if args.do_train:
-                run.train(done, state, interrupted)
+                run.train(done, states, interrupted)
             elif args.do_eval and validation:
                 run.evaluate(done)
     finally:
@@ -336,10 +336,10 @@ class _Run:
         self._peak = peak_flops(trainer.half or "float32")
         self._reset()
 
-    def train(self, done, state, interrupted):
+    def train(self, done, states, interrupted):
         """Steps ``done`` to the last; ``interrupted`` is asked after each whether to stop."""
         args, total, epoch_ends = self.args, self.trainer.total, self._epoch_ends()
-        batches = self.data.start(done, state)
+        batches = self.data.start(done, states)
         saved = done
         while done < total:
             began = time.perf_counter()

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from paddlemix.datasets.internvl2 import Collator, PackedBatches, Packer, SampleOrder, measure, rows_per_epoch
+from paddlemix.datasets.internvl2 import Collator, PackedBatches, Packer, SampleOrder, costs, rows_per_epoch
 from paddlemix.errors import ConfigError
 from tests.datasets.helpers import make_dataset, make_encoder, picture_record, talk
 
@@ -29,6 +29,11 @@ def make_batches(dataset, seed=0, buffer_size=3, **options):
 def take(batches, count):
     iterator = iter(batches)
     return [next(iterator) for _ in range(count)]
+
+
+def waiting_samples(*ranks, what="name"):
+    """Of the samples in unfinished rows."""
+    return [sample[what] for b in ranks for lane in b._own for row in lane.packer.rows for sample in row]
 
 
 def segments(batch):
@@ -65,7 +70,7 @@ def test_rows_are_well_filled(dataset):
 def test_the_endless_stream_loses_and_repeats_nothing(dataset):
     batches = make_batches(dataset, rank=0, world=1)
     packed = [name for batch in take(batches, 30) for name in batch["names"]]
-    waiting = [sample["name"] for row in batches.packer.rows for sample in row]
+    waiting = waiting_samples(batches)
     counts = Counter(packed + waiting)
     epochs = int(batches.epoch)
     assert epochs >= 3 and set(counts.values()) <= {epochs, epochs + 1} and len(counts) == len(dataset)
@@ -73,27 +78,38 @@ def test_the_endless_stream_loses_and_repeats_nothing(dataset):
 
 def test_the_rows_of_an_epoch_are_known_before(dataset):
     """Against packing many epochs of the samples themselves."""
-    tokens, tiles = measure(dataset)
     order = SampleOrder(dataset.source_sizes(), seed=0)
-    guess = rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), tokens, tiles)
+    guess = rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), costs(dataset))
     batches = make_batches(dataset)
     take(batches, 40)
     assert guess == pytest.approx(40 / batches.epoch, rel=0.15)
     # Half of the records unusable: as many rows, of those that take their places.
-    usable = np.arange(len(tokens)) % 2 == 0
-    tokens[:] = MAX_TOKENS // 3
-    assert rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), tokens * usable, tiles * 0) == len(tokens) / 3
-    assert rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), tokens * 0, tiles) == len(tokens)
+    third, count = MAX_TOKENS // 3, len(dataset)
+    assert rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), lambda i: (third * (i % 2 == 0), 0)) == count / 3
+    assert rows_per_epoch(order, Packer(MAX_TOKENS, MAX_TILES, 3), lambda i: (0, 1)) == count
+
+
+def test_a_step_does_not_depend_on_the_number_of_processes(dataset):
+    """Four rows a step, of one, two and four processes, with and without workers."""
+    steps = []
+    for world, size, workers in ((1, 4, 0), (2, 2, 0), (2, 1, 2), (4, 1, 0)):
+        accumulation = 4 // world // size
+        ranks = [
+            iter(make_batches(dataset, batch_size=size, rank=r, world=world, accumulation=accumulation, num_workers=workers))
+            for r in range(world)
+        ]
+        steps.append([sorted(n for r in ranks for _ in range(accumulation) for n in next(r)["names"]) for _ in range(5)])
+    assert all(other == steps[0] for other in steps)
 
 
 def test_processes_share_the_stream(dataset):
+    """What was packed and what waits is the start of the stream, each place once."""
     ranks = [make_batches(dataset, rank=rank, world=2) for rank in range(2)]
-    for batches in ranks:
-        take(batches, 5)
-    keys = [{tuple(key) for row in batches.state_dict()["rows"] for key in row} for batches in ranks]
-    assert not keys[0] & keys[1]
-    shares = [[batches.order[p] for p in range(rank, 32, 2)] for rank, batches in enumerate(ranks)]
-    assert not set(shares[0]) & set(shares[1]) and len(set(shares[0]) | set(shares[1])) == 32
+    batches = [batch for rank in ranks for batch in take(rank, 5)]
+    seen = Counter([name for batch in batches for name in batch["names"]] + waiting_samples(*ranks))
+    places = [lane.place(i) for rank in ranks for lane in rank._own for i in range(lane.taken)]
+    assert len(set(places)) == len(places)
+    assert seen == Counter(dataset[ranks[0].order[place]]["name"] for place in places)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -113,11 +129,54 @@ def test_resuming_is_exact(dataset, batch_size):
         assert batch["names"] == wanted["names"]
 
 
-def test_a_state_of_other_processes_is_refused(dataset):
+def test_resuming_with_another_number_of_processes_is_exact(dataset):
+    """Four rows a step: two processes stop, and one or four go on as the two would have."""
+
+    def ranks_of(world):
+        return [make_batches(dataset, rank=r, world=world, accumulation=4 // world) for r in range(world)]
+
+    def step(ranks):
+        return sorted(name for rank in ranks for batch in take(rank, 4 // len(ranks)) for name in batch["names"])
+
+    stopped = ranks_of(2)
+    for _ in range(3):
+        step(stopped)
+    states = json.loads(json.dumps([rank.state_dict() for rank in stopped]))
+    expected = [step(stopped) for _ in range(4)]
+    for world in (1, 2, 4):
+        resumed = ranks_of(world)
+        for rank in resumed:
+            rank.load_state_dict(*states)
+        assert [step(resumed) for _ in range(4)] == expected
+
+
+def test_states_that_do_not_fit_are_refused(dataset):
     batches = make_batches(dataset, rank=1, world=2)
     take(batches, 1)
-    with pytest.raises(ConfigError, match="not that of rank 0 of 2: resume with as many processes"):
+    with pytest.raises(ConfigError, match="of steps of 2 rows, not 1: keep"):
+        make_batches(dataset).load_state_dict(batches.state_dict())
+    with pytest.raises(ConfigError, match="lacks row 0"):
         make_batches(dataset, rank=0, world=2).load_state_dict(batches.state_dict())
+
+
+def test_what_is_bad_is_skipped_and_nothing_takes_its_place(tmp_path):
+    records = [{"conversations": talk(f"number {i}", "ab " * 20)} for i in range(30)]
+    for i in (3, 4, 5, 20):
+        records[i] = "{broken" if i % 2 else {"image": "none.png", "conversations": talk(f"number {i}")}
+    dataset = make_dataset(tmp_path, records, make_encoder(max_seq_length=MAX_TOKENS, max_tiles=MAX_TILES))
+    dataset.skip = True
+    batches = make_batches(dataset)
+    names, bad = [], []
+    while len(names) + len(bad) < 3 * len(records):
+        (batch,) = take(batches, 1)
+        names += batch["names"]
+        bad += [entry["line"] for entry in batch["bad"]]
+    seen = Counter([int(name.rpartition(":")[2]) for name in names + waiting_samples(batches)] + bad)
+    assert set(seen) == set(range(1, 31)) and max(seen.values()) - min(seen.values()) <= 1
+    assert set(bad) == {4, 5, 6, 21}
+    dataset.sources[0].parse = None
+    with pytest.raises(TypeError):  # a fault of ours is no bad sample
+        dataset[0]
 
 
 def test_workers_do_not_change_the_batches(dataset):
@@ -137,8 +196,8 @@ def test_bad_samples_are_reported_once_even_across_a_resume(tmp_path):
         again = make_batches(dataset)
         again.load_state_dict(batches.state_dict())
         batches = again
-    waiting = sum(len(sample["bad"]) for row in batches.packer.rows for sample in row)
-    drawn = [batches.order[p][1] for p in range(batches.state_dict()["position"])]
+    waiting = sum(map(len, waiting_samples(batches, what="bad")))
+    drawn = [batches.order[p][1] for p in range(batches._own[0].taken)]
     assert reported + waiting == drawn.count(9) >= 5
 
 

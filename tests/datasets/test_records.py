@@ -78,7 +78,6 @@ def test_all_forms_of_a_record():
         ({"image": 3, "conversations": talk()}, "'image' must be a path"),
         ({"image": {"path": "a.png"}, "conversations": talk()}, "'image' must be a path"),
         ({"image": ["a.png", ""], "conversations": talk()}, "'image' must be a path"),
-        ({"image": "s3://bucket/a.png", "conversations": talk()}, "not on this machine: download"),
         ({"video": ["a.mp4", "b.mp4"], "conversations": talk()}, "'video' must be one path"),
         ({"image": "a.png", "video": "a.mp4", "conversations": talk()}, "both 'image' and 'video'"),
         ({"video": "a.mp4", "conversations": talk("<image>\nq")}, "mark the place of the video with <video>"),

@@ -1,7 +1,7 @@
 """Training data of the InternVL family: records on disk to batches of arrays. Numpy and Pillow only."""
 
 from paddlemix.datasets.collate import Collator
-from paddlemix.datasets.dataset import BadSampleLog, InternVLDataset, measure
+from paddlemix.datasets.dataset import BadSampleLog, InternVLDataset, costs, measure
 from paddlemix.datasets.loading import BatchLoader
 from paddlemix.datasets.packing import PackedBatches, Packer, rows_per_epoch
 from paddlemix.datasets.records import Record, Source, read_meta
@@ -22,6 +22,7 @@ __all__ = [
     "SampleOrder",
     "Source",
     "TrainBatchSampler",
+    "costs",
     "measure",
     "read_meta",
     "rows_per_epoch",

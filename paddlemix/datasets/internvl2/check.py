@@ -218,7 +218,7 @@ def main(argv=None):
     findings = _findings(sources, encoder, max(1, args.workers))
     summaries = {source.name: summarize(source, found) for source, found in zip(sources, findings)}
     problems = [
-        {"dataset": source.name, "file": str(source.annotation), "line": source.line(index), "reason": finding.reason}
+        {"dataset": source.name, "file": str(source.where(index)[0]), "line": source.line(index), "reason": finding.reason}
         for source, found in zip(sources, findings)
         for index, finding in enumerate(found)
         if finding.reason is not None

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from paddlemix.datasets.records import VIDEO_PLACEHOLDER
+from paddlemix.datasets.shards import on_disk
 from paddlemix.errors import ConfigError, DataError
 from paddlemix.models.blocks.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMG_CONTEXT, encode_conversations
 from paddlemix.models.internvl2.conversation import get_template
@@ -156,7 +157,8 @@ class SampleEncoder:
             return [open_image(path) for path in record.images]
         rng, options = np.random.default_rng(rng), self.options
         frames = int(rng.integers(options.min_num_frame, options.max_num_frame, endpoint=True))
-        return sample_frames(record.video, frames, record.clip, options.sampling_method, rng)
+        with on_disk(record.video) as path:
+            return sample_frames(path, frames, record.clip, options.sampling_method, rng)
 
     def tile_bound(self, record, max_dynamic_patch=None):
         """Most tiles of each of a record's pictures, thumbnail not counted."""

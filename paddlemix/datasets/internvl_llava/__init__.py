@@ -1,5 +1,7 @@
 """LLaVA's records: reading them, making samples, and the order of batches of one kind."""
 
+import functools
+
 import numpy as np
 
 from paddlemix.datasets.records import Record, Source, image_paths, load_object, read_meta
@@ -122,9 +124,14 @@ class ModalityOrder(SampleOrder):
     def __init__(self, sizes, seed, has_picture, batch):
         super().__init__(sizes, seed)
         self._has_picture, self._batch = np.asarray(has_picture, dtype=bool), batch
+        self._epoch = functools.lru_cache(maxsize=2)(self._by_kind)
 
-    def _draw(self, epoch):
-        order = super()._draw(epoch)
+    def indices(self, epoch, places):
+        """See :meth:`SampleOrder.indices`."""
+        return self._epoch(epoch)[places]
+
+    def _by_kind(self, epoch):
+        order = super().indices(epoch, np.arange(len(self)))
         batches, rest = [], []
         for kind in (True, False):
             own = order[self._has_picture[order] == kind]

@@ -35,7 +35,7 @@ def take_devices(argv):
     return int(number), rest
 
 
-def start_ranks(processes, argv, train_args, script=__file__):
+def start_ranks(processes, argv, train_args, script):
     """Become the launcher of ``processes`` processes of ``script`` that train with ``argv``; does not return."""
     from paddlemix import device
 
@@ -51,24 +51,35 @@ def start_ranks(processes, argv, train_args, script=__file__):
     os.execv(sys.executable, [*command, os.path.abspath(script), *argv])
 
 
-@command_main
-def main(argv=None):
-    """Parse the command line and train, or print the plan with --dry_run."""
+def run(argv, script, recipe=None, extra=()):
+    """Train as ``argv`` says, or print the plan with --dry_run: the command of every kind of training.
+
+    Args:
+        argv: flags; None for the command line.
+        script: path of the command, which its processes run.
+        recipe: called with the arguments of ``extra``; the recipe of the trainer. None for fine-tuning's own.
+        extra: dataclasses of further flags.
+    """
     argv = sys.argv[1:] if argv is None else argv
+    processes, argv = take_devices(argv)
     if "--dry_run" in argv or "--dry-run" in argv:
         from paddlemix.training import plan
 
-        processes, argv = take_devices(argv)
-        return plan.main(argv if processes == 1 else ["--processes", str(processes), *argv])
+        return plan.main(argv if processes == 1 else ["--processes", str(processes), *argv], extra=extra)
     from paddlemix.training.arguments import parse
 
-    processes, argv = take_devices(argv)
-    arguments = parse(argv)
+    model_args, data_args, train_args, *others = parse(argv, prog=os.path.basename(script), extra=extra)
     if processes > 1 and "PADDLE_TRAINER_ID" not in os.environ:
-        start_ranks(processes, argv, arguments[2])
+        start_ranks(processes, argv, train_args, script)
     from paddlemix.training.trainer import finetune  # after the arguments are known to be right: Paddle takes seconds to load
 
-    return finetune(*arguments)
+    return finetune(model_args, data_args, train_args, recipe and recipe(model_args, *others))
+
+
+@command_main
+def main(argv=None):
+    """Parse the command line and train, or print the plan with --dry_run."""
+    return run(argv, __file__)
 
 
 if __name__ == "__main__":

@@ -71,4 +71,4 @@ set -- \
     --sharding "$SHARDING" \
     "$@"
 
-launch "$(dirname "$SHELL_DIR")/internvl_chat_finetune.py" "$@"
+launch "$(dirname "$SHELL_DIR")/${TRAINER:-internvl_chat_finetune.py}" "$@"

@@ -1,0 +1,16 @@
+#!/bin/sh
+# InternVL2_5-26B, stage 1: the projector learns, between a vision tower and a language model. Variables and arguments: see ../../run.sh and ../../stage.sh.
+set -eu
+SHELL_DIR=$(cd "$(dirname "$0")/../.." && pwd)
+
+: "${VISION_PATH:=OpenGVLab/InternViT-6B-448px-V1-5}" "${LLM_PATH:=internlm/internlm2_5-20b-chat}"
+: "${META:=pretrain_mixture.json}" "${OUTPUT_DIR:=work_dirs/internvl_chat_v2_5/internvl2_5_26b_internlm2_5_20b_dynamic_res_stage1}"
+METHOD=projector
+LEARNING_RATE=2e-4
+WEIGHT_DECAY=0.05
+DROP_PATH_RATE=0.0
+WARMUP="--warmup_steps 100"
+STEPS=100000
+SHARDING=stage3
+
+. "$SHELL_DIR/stage.sh"
