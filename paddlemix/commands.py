@@ -36,6 +36,8 @@ COMMANDS = {
         "finetune-retrieval": Command("paddlemix.examples.internvl.finetune_retrieval", "fine-tune InternVL for retrieval"),
         "pretrain": Command("paddlemix.examples.internvl2.internvl_chat_pretrain", "pretrain on data sets of any size"),
         "mpo": Command("paddlemix.examples.internvl2.internvl_chat_mpo", "train on pairs of a chosen and a rejected answer"),
+        "probe": Command("paddlemix.examples.internvl.linear_probe", "what a frozen vision tower tells of classes"),
+        "segment": Command("paddlemix.examples.internvl.segmentation", "segmentation on top of a vision tower"),
         "check-data": Command("paddlemix.datasets.internvl2.check", "check training data before hours are spent on it"),
         "plan": Command("paddlemix.training.plan", "how much memory a fine-tuning run takes"),
     },
