@@ -70,7 +70,8 @@ def test_a_probe_with_augmentation_runs_on_few_pictures(tmp_path):
 def test_a_linear_head_finds_shapes(tmp_path):
     segments(tmp_path, "training", 150, 0)
     segments(tmp_path, "validation", 20, 1)
-    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--classes", "5", "--crop", "252", "--steps", "200"]
+    flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--classes", "5", "--crop", "252", "--steps", "300"]
+    flags += ["--scale", "1", "1"]
     segmentation.main([*MODEL, *flags, "--warmup", "10", "--train_batch_size", "4", "--learning_rate", "5e-3"])
     assert score(tmp_path / "out")["mIoU"] > 0.6
 

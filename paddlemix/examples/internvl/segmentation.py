@@ -25,6 +25,9 @@ def main(argv=None):
     parser.add_argument("--channels", type=int, default=1536, help="of UperNet (default: %(default)s)")
     parser.add_argument("--crop", type=int, default=None, help="side of a window (default: 504, or the tower's if less)")
     parser.add_argument("--stride", type=int, default=None, help="between windows of a test (default: 322 of 504)")
+    parser.add_argument(
+        "--scale", type=float, nargs=2, default=(0.5, 2.0), help="least and largest size in training (default: 0.5 2)"
+    )
     parser.add_argument("--steps", type=int, default=80_000, help="updates (default: %(default)s)")
     parser.add_argument("--warmup", type=int, default=1500, help="updates of warm-up (default: %(default)s)")
     parser.add_argument("--train_batch_size", type=int, default=16, help="windows of an update (default: %(default)s)")
@@ -80,7 +83,7 @@ def _run(args, training, validation):
     for step in range(args.steps):
         rng = np.random.default_rng([args.seed, step, processes.rank])
         chosen = [training[i] for i in rng.integers(0, len(training), mine)]
-        windows = [training_crop(picture, read_labels(label, args.classes), size, rng) for picture, label in chosen]
+        windows = [training_crop(picture, read_labels(label, args.classes), size, rng, args.scale) for picture, label in chosen]
         batch = {"pixel_values": np.stack([w[0] for w in windows]), "labels": np.stack([w[1] for w in windows])}
         loss, _, _ = trainer.step(step, [{**batch, "names": [picture for picture, _ in chosen]}])
         if processes.is_first and (step + 1) % max(1, args.steps // 20) == 0:
