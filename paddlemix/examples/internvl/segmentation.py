@@ -53,9 +53,10 @@ def _run(args, training, validation):
     from paddlemix.models.internvl import InternVisionModel
     from paddlemix.models.internvl.heads import SegmentationModel
     from paddlemix.training.arguments import PreTrainingArguments
+    from paddlemix.training.objective import BatchObjective
     from paddlemix.training.processes import Processes
-    from paddlemix.training.runs import BatchTrainer
     from paddlemix.training.segmentation import evaluate, read_labels, segmentation_loss, training_crop
+    from paddlemix.training.trainer import Trainer
 
     device.set_device(args.device)
     processes = Processes()
@@ -75,7 +76,7 @@ def _run(args, training, validation):
         args.out, learning_rate=args.learning_rate, weight_decay=decay, lr_scheduler_type="polynomial", lr_end=0.0,
         warmup_steps=args.warmup, max_grad_norm=0.0, seed=args.seed,
     )  # fmt: skip
-    trainer = BatchTrainer(segmentation_loss, model, trained, settings, processes, args.steps)
+    trainer = Trainer(model, trained, settings, processes, args.steps, objective=BatchObjective(segmentation_loss))
     model.train()
     if not full:
         tower.eval()
