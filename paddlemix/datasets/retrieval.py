@@ -34,17 +34,18 @@ class RetrievalPairs:
         image_size: side of a picture in pixels.
         seed: of the order, the parts of pictures and the negatives.
         scale: least and largest share of a picture that is seen.
+        flip: share of pictures whose left and right are changed.
         workers: threads that read pictures.
 
     Raises:
         DataError: there are not two pictures, so no caption is another's.
     """
 
-    def __init__(self, paths, captions, owner, tokenizer, image_size, seed=0, scale=(0.5, 1.0), workers=2):
+    def __init__(self, paths, captions, owner, tokenizer, image_size, seed=0, scale=(0.5, 1.0), flip=0.5, workers=2):
         if len(set(owner)) < 2:
             raise DataError("fine-tuning retrieval needs captions of two pictures at least, to tell one from another")
         self.paths, self.captions, self.owner = paths, [clean_caption(text) for text in captions], np.asarray(owner)
-        self.tokenizer, self.image_size, self.seed, self.scale = tokenizer, image_size, seed, scale
+        self.tokenizer, self.image_size, self.seed, self.scale, self.flip = tokenizer, image_size, seed, scale, flip
         self._pool = ThreadPoolExecutor(max(1, workers))
 
     def __len__(self):
@@ -79,7 +80,7 @@ class RetrievalPairs:
     def _sample(self, number, epoch):
         rng = np.random.default_rng([self.seed, epoch, number])
         mine = self.owner[number]
-        pixels = augmented(self.paths[mine], self.image_size, rng, self.scale)
+        pixels = augmented(self.paths[mine], self.image_size, rng, self.scale, flip=self.flip)
         while True:
             other = int(rng.integers(len(self)))
             if self.owner[other] != mine:

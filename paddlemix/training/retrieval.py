@@ -45,8 +45,12 @@ class RetrievalDataArguments:
     images: str | None = argument(None, "folder that the names of pictures are relative to")
     annotations: str | None = argument(None, "pictures and their captions: image,caption lines, or COCO's Karpathy JSON")
     force_image_size: int | None = argument(None, "side of a picture in pixels; default: the model's")
+    least_part: float = argument(0.5, "least share of a picture's area that is cut out; 1 for whole pictures")
+    flip: float = argument(0.5, "share of pictures whose left and right are changed; 0 where captions speak of places")
 
     def __post_init__(self):
+        if not (0 < self.least_part <= 1 and 0 <= self.flip <= 1):
+            raise ConfigError("--least_part must be above 0 and at most 1, and --flip from 0 to 1")
         if self.images is None or self.annotations is None:
             raise ConfigError("--images and --annotations are missing: name the pictures and their captions")
 
@@ -127,8 +131,9 @@ def finetune(model_args, data_args, args):
     if size % model.config.vision_config.patch_size:
         raise ConfigError(f"--force_image_size is {size}: it must be a multiple of {model.config.vision_config.patch_size}")
     pairs = RetrievalPairs(
-        *read_captions(data_args.annotations, data_args.images), tokenizer, size, args.seed, workers=args.dataloader_num_workers
-    )
+        *read_captions(data_args.annotations, data_args.images), tokenizer, size, args.seed,
+        scale=(data_args.least_part, 1.0), flip=data_args.flip, workers=args.dataloader_num_workers,
+    )  # fmt: skip
     micro_batches, epoch, total = steps_of(len(pairs), args, processes.world)
     rates = layer_rates(model.config, args.vit_layer_decay_rate, model_args.qllama_layer_decay_rate)
     trainer = Trainer(model, trained, args, processes, total, rates=rates, objective=BatchObjective(_loss))
