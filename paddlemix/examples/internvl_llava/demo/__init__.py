@@ -1,0 +1,1 @@
+"""Both stages of LLaVA at toy size, on drawn scenes."""
