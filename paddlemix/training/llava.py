@@ -6,13 +6,12 @@ import re
 from dataclasses import dataclass
 
 from paddlemix.checkpoints.hub import resolve
-from paddlemix.datasets.collate import Collator
 from paddlemix.errors import ConfigError, UserError
 from paddlemix.files import read_json
 
 from .arguments import DataTrainingArguments, ModelArguments, PreTrainingArguments, _arg, parse
 from .building import prepare
-from .objective import CausalObjective
+from .recipe import ChatRecipe
 
 # Flags of the original's that say how its framework works, or where things are kept.
 _IGNORED = "without effect"
@@ -184,8 +183,8 @@ def start_config(model_args):
     return config, tower, directory
 
 
-class LlavaRecipe:
-    """What a run of the trainer does in LLaVA's own way; see :class:`~.trainer.ChatRecipe`.
+class LlavaRecipe(ChatRecipe):
+    """What a run of the trainer does in LLaVA's own way; see :class:`~.recipe.ChatRecipe`.
 
     Args:
         model_args, data_args, args: from :func:`parse_llava`.
@@ -194,12 +193,6 @@ class LlavaRecipe:
     def __init__(self, model_args, data_args, args):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self._adapters = None
-
-    collator = Collator
-
-    def objective(self, model, resumed, processes):
-        """See :meth:`ChatRecipe.objective`."""
-        return CausalObjective()
 
     def build_model(self, model_args, data_args, dtype, checkpoint=None, keep=None):
         """The model and its tokenizer; see :func:`~.building.build_model`. Weights are divided once all are there."""

@@ -49,6 +49,7 @@ def projector_arrays(model, positions=False, weights=None):
     return _arrays(
         model,
         lambda weight, part: weight.name.startswith("mlp1") or (positions and weight.name.endswith(".position_embedding")),
+        weights,
     )
 
 
