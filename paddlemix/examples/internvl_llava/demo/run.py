@@ -26,7 +26,7 @@ from paddlemix.models.internvl_llava.conversation import get_template
 EXAMPLES = Path(__file__).parents[1]
 SCRIPTS = EXAMPLES / "scripts_internvl"
 TOWER = cli.DEMO_MODEL
-SCENES = {"texts": 2400, "captions": 1600, "talk": 4000, "heldout": 200}
+SCENES = {"texts": 1920, "captions": 1600, "talk": 2400, "heldout": 200}
 
 # A Llama as small as the demo model's language model; larger embeddings than usual, since it has few blocks.
 LLAMA = {
