@@ -25,6 +25,7 @@ COMMANDS = {
         "minimonkey": Command("paddlemix.examples.minimonkey.chat_demo_minimonkey", "ask Mini-Monkey about a document"),
         "video": Command("paddlemix.examples.internvl2.chat_demo_video", "ask about a video"),
         "serve": Command("paddlemix.serving.__main__", "an OpenAI-compatible server", "serving"),
+        "cluster": Command("paddlemix.serving.cluster.__main__", "the server on several accelerators or machines", "cluster"),
         "client": Command("paddlemix.serving.cli", "ask a server from the terminal", "serving"),
         "web": Command("paddlemix.serving.web.__main__", "a web page that asks a server", "web"),
         "search": Command("paddlemix.examples.internvl.search", "find pictures by words or by a picture"),

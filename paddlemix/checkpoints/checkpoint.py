@@ -3,7 +3,7 @@
 A configuration's ``weight_table()`` (:mod:`~.names`) says of every parameter of the model which published tensors it is
 made of and where their rows go; loading reads it in one direction and saving in the other.
 
-Nothing here needs Paddle except :func:`load_checkpoint`, so that conversion runs with NumPy alone.
+Nothing here needs Paddle except :func:`load_checkpoint` and :func:`take_over`, so that conversion runs with NumPy alone.
 """
 
 import itertools
@@ -14,8 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
-from .contents import LAYOUTS, Checkpoint, check_choices, fill
-from .files import open_weight_file
+from .contents import LAYOUTS, Checkpoint, OpenFiles, check_choices, fill
 from .saving import convert_checkpoint, save_checkpoint, save_packed
 from .tensors import ARRAY_DTYPES
 
@@ -49,17 +48,17 @@ def read_parameters(config, directory, dtype):
     checkpoint = directory if isinstance(directory, Checkpoint) else Checkpoint(directory, config)
     arrays, unread = {}, {source.weight.name: len(source.weight.parts) for source in checkpoint.sources}
 
-    def fill_calls(sources, tensors):
+    def fill_calls(sources, files):
         for source in sources:
             weight = source.weight
             if weight.name not in arrays:
-                arrays[weight.name] = _aligned_empty(weight.shape, ARRAY_DTYPES[dtype])
-            yield source, tensors[source.location.key], arrays[weight.name], dtype
+                arrays[weight.name] = aligned_empty(weight.shape, ARRAY_DTYPES[dtype])
+            yield source, files.get(source.location), arrays[weight.name], dtype
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for path, sources in itertools.groupby(checkpoint.sources, key=lambda source: source.location.path):
-            with open_weight_file(path) as tensors:
-                for name in _in_background(pool, fill, fill_calls(sources, tensors)):
+        for _, sources in itertools.groupby(checkpoint.sources, key=lambda source: source.location.path):
+            with OpenFiles() as files:
+                for name in _in_background(pool, fill, fill_calls(sources, files)):
                     unread[name] -= 1
                     if not unread[name]:
                         yield name, arrays.pop(name)
@@ -81,7 +80,7 @@ def _in_background(pool, function, calls, ahead=8):
         wait(futures)
 
 
-def _aligned_empty(shape, dtype, alignment=64):
+def aligned_empty(shape, dtype, alignment=64):
     """Like ``np.empty``, at an address that suits vector loads."""
     size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + alignment, np.uint8)
@@ -103,13 +102,18 @@ def load_checkpoint(model, directory, dtype, keep=None):
     Raises:
         CheckpointError: see :func:`read_parameters`.
     """
-    import paddle  # here, because the rest of this file serves programs that do without
-
     parameters = model.state_dict()
-    place = paddle.get_device()
     for name, array in read_parameters(model.config, directory, dtype):
-        # to_tensor() takes the bits of bfloat16 for what they are, but copies them; DLPack shares the array's memory.
-        tensor = paddle.to_tensor(array, place=place) if dtype == "bfloat16" else paddle.from_dlpack(array).to(place)
-        tensor._share_buffer_to(parameters[name])  # set_value would copy, and cannot change the dtype
+        take_over(parameters[name], array)
         if keep is not None and not keep(name):
             parameters[name]._clear_data()
+
+
+def take_over(parameter, array):
+    """Let a parameter be an array, in its dtype; bfloat16 comes as ``uint16``. On CPU nothing is copied but bfloat16."""
+    import paddle  # here, because the rest of this file serves programs that do without
+
+    place = paddle.get_device()
+    # to_tensor() takes the bits of bfloat16 for what they are, but copies them; DLPack shares the array's memory.
+    tensor = paddle.to_tensor(array, place=place) if array.dtype == np.uint16 else paddle.from_dlpack(array).to(place)
+    tensor._share_buffer_to(parameter)  # set_value would copy, and cannot change the dtype

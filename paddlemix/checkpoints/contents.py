@@ -4,6 +4,7 @@ Published tensors come in two layouts with the same names: ``torch`` is the orig
 port, with 2-D weights of linear layers transposed to ``[in, out]``, as they are inside the model; ``hf`` has names of its own.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 from paddlemix.errors import CheckpointError
 
+from . import mxfp4
 from .files import find_weight_files, fingerprint, name_some, open_weight_file
 from .hf_names import STACKED, is_hf, normalised
 from .names import Part, Weight, head_name
@@ -24,17 +26,20 @@ _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|position_ids)$")  # computed, not
 _PADDLENLP_BASE = re.compile(r"^language_model\.(?:qwen2|llama)\.")  # what PaddleNLP calls `model`
 
 
-class _Location(NamedTuple):
+class Location(NamedTuple):
+    """Where a published tensor is; ``scales``: of what is packed as MXFP4, with dtype and shape of what it is read as."""
+
     path: str
     key: str
     dtype: str
     shape: tuple
+    scales: "Location | None" = None
 
 
-class _Source(NamedTuple):
+class Source(NamedTuple):
     """Where a part of a weight is found; ``by_columns``: rows of the stored tensor are inputs of the weight, not outputs."""
 
-    location: _Location
+    location: Location
     weight: Weight
     part: Part
     by_columns: bool
@@ -56,7 +61,9 @@ class Checkpoint:
 
     def __init__(self, directory, config):
         self.directory = directory
-        self._fingerprints, found = _scan(directory)
+        paths, index = find_weight_files(directory)
+        self._fingerprints = {path: fingerprint(path) for path in paths}
+        found = locate(paths, index)
         only = getattr(config, "reads_only", "")  # a tower can be read from the file of a whole model
         found = {name: location for name, location in found.items() if name.startswith(only)}
         # Names of LLaVA's own begin like those of transformers' layout of other models.
@@ -81,10 +88,10 @@ class Checkpoint:
             weight, part = parts.pop()
             embedding = next(part.name for weight, part in parts if weight.name.endswith(".embed_tokens.weight"))
             if embedding in found:
-                borrowed = [_Source(found[embedding], weight, part, False)]
+                borrowed = [Source(found[embedding], weight, part, False)]
         self.layout = _check_tensors(directory, parts, found, config)
         self.layout = "hf" if in_hf else self.layout
-        sources = [_Source(found[part.name], w, part, is_by_columns(w, self.layout)) for w, part in parts] + borrowed
+        sources = [Source(found[part.name], w, part, is_by_columns(w, self.layout)) for w, part in parts] + borrowed
         # File by file, so that each is opened once; the sort is stable, so within a file in the table's order.
         self.sources = sorted(sources, key=lambda source: source.location.path)
         self.dtypes = Counter()
@@ -106,12 +113,13 @@ class Checkpoint:
         return [path for path, before in self._fingerprints.items() if fingerprint(path) != before]
 
 
-def _scan(directory):
-    """Fingerprints of the weight files, and locations of all tensors of a checkpoint by their published names."""
-    paths, index = find_weight_files(directory)
-    found, fingerprints = {}, {}
+def locate(paths, index=None):
+    """Where all tensors of some weight files are, by their published names; ``index``: see :func:`~.files.find_weight_files`.
+
+    What is packed as MXFP4 is one tensor, as which it is read.
+    """
+    found = {}
     for path in paths:
-        fingerprints[path] = fingerprint(path)
         with open_weight_file(path) as tensors:
             for key, tensor in tensors.items():
                 if _BUFFERS.search(key):
@@ -119,19 +127,45 @@ def _scan(directory):
                 name = _PADDLENLP_BASE.sub("language_model.model.", key)
                 if name in found:
                     raise CheckpointError(f"{name} is both in {found[name].path} and in {path}: remove the wrong file")
-                found[name] = _Location(path, key, tensor.dtype, tensor.shape)
+                found[name] = Location(path, key, tensor.dtype, tensor.shape)
             lost = [key for key, file in (index or {}).items() if file == os.path.basename(path) and key not in tensors]
             if lost:
                 raise CheckpointError(
                     f"{path} lacks {len(lost)} tensors that the index says are in it ({name_some(lost)}): "
                     "the two are not of the same checkpoint; download or copy both again"
                 )
-    return fingerprints, found
+    for name in mxfp4.packed_names(found):
+        blocks, scales = found.pop(name + mxfp4.BLOCKS), found.pop(name + mxfp4.SCALES)
+        found[name] = blocks._replace(dtype="bfloat16", shape=mxfp4.unpacked_shape(blocks.shape), scales=scales)
+    return found
+
+
+class OpenFiles(contextlib.ExitStack):
+    """Tensors of weight files, each of which stays open until this is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self._opened = {}
+
+    def get(self, location):
+        """The stored tensor at a location."""
+        stored = self._stored(location)
+        return stored if location.scales is None else mxfp4.unpacked(stored, self._stored(location.scales))
+
+    def _stored(self, location):
+        if location.path not in self._opened:
+            self._opened[location.path] = self.enter_context(open_weight_file(location.path))
+        return self._opened[location.path][location.key]
+
+    def close(self):
+        super().close()
+        self._opened = {}
 
 
 def _check_not_quantised(directory, found, config):
     said = [part.extra.get("quantization_config") for part in (config, getattr(config, "llm_config", None)) if part is not None]
     methods = [str(s.get("quant_method", "no named")) if isinstance(s, dict) else str(s) for s in said if s]
+    methods = [method for method in methods if method != "mxfp4"]  # whose tensors tell for themselves
     packed = next((name for name in found if name.endswith((".qweight", ".qzeros", ".scales", ".absmax", ".SCB"))), None)
     if methods or packed:
         sign = f"its config.json has a quantization_config of method {methods[0][:40]}" if methods else f"it has {packed}"

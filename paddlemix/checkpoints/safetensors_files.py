@@ -81,7 +81,8 @@ def read_safetensors(file):
         tag, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         # PaddleNLP tags bfloat16 as what NumPy holds it in.
         dtype = "bfloat16" if tag == "U16" else _SAFETENSORS_TAGS.get(tag, tag)
-        if dtype in ARRAY_DTYPES and stop - start != math.prod(shape) * ARRAY_DTYPES[dtype].itemsize:
+        itemsize = 1 if dtype == "U8" else ARRAY_DTYPES[dtype].itemsize if dtype in ARRAY_DTYPES else None
+        if itemsize is not None and stop - start != math.prod(shape) * itemsize:
             raise CheckpointError(f"{damaged}: shape and size of {shown(name)} contradict; download or copy it again")
         tensors[name] = contiguous(file, dtype, shape, 8 + length + start)
     return tensors

@@ -1,13 +1,11 @@
 """Writing weights: of a model, and of a checkpoint in another layout or dtype."""
 
-import contextlib
-
 import numpy as np
 
 from paddlemix.errors import CheckpointError
 
-from .contents import check_choices, clip, converted, fill, is_by_columns
-from .files import name_some, open_weight_file
+from .contents import OpenFiles, check_choices, clip, converted, fill, is_by_columns
+from .files import name_some
 from .safetensors_files import OutgoingTensor, write_safetensors
 from .tensors import ARRAY_DTYPES, DTYPES, blocks, holds_exactly, row_count, rows_per_block
 
@@ -187,17 +185,17 @@ def save_packed(source, config, directory, layout="torch", max_shard_size="5GB")
     convert_checkpoint(source, directory, layout, max_shard_size)
 
 
-class _OneOpenFile(contextlib.ExitStack):
-    """Tensors of weight files, of which only the one that was asked for last stays open."""
+class _OneOpenFile(OpenFiles):
+    """Of which only the file that was asked for last stays open."""
 
-    path, tensors = None, None
+    path = None
 
     def get(self, location):
         """The stored tensor at a location."""
         if location.path != self.path:
             self.close()
-            self.path, self.tensors = location.path, self.enter_context(open_weight_file(location.path))
-        return self.tensors[location.key]
+            self.path = location.path
+        return super().get(location)
 
 
 def _converted_tensor(files, source, layout, dtype):

@@ -15,6 +15,7 @@ from paddlemix.errors import CheckpointError
 # What a tensor of each supported dtype is held in.
 ARRAY_DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
 DTYPES = tuple(ARRAY_DTYPES)
+_BYTES = {"U8": np.dtype("u1")}  # read too, as what other numbers are packed in
 
 _BLOCK_BYTES = 1 << 18  # a block and its transpose stay in the second-level cache
 _BLOCK_ROWS = 64  # fewer rows would write less than a cache line at a time when a block is transposed
@@ -114,7 +115,7 @@ def pread(file, offset, shape, dtype):
 
 def contiguous(file, dtype, shape, offset):
     """A :class:`StoredTensor` whose rows lie one after the other from ``offset`` on."""
-    array_dtype = ARRAY_DTYPES.get(dtype)
+    array_dtype = ARRAY_DTYPES.get(dtype) or _BYTES.get(dtype)
     itemsize = array_dtype.itemsize if array_dtype else 1
 
     def read(start, stop):

@@ -6,11 +6,13 @@ a request of somebody else is fetched by :func:`fetch_allowed` alone, from hosts
 
 import base64
 import binascii
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -19,10 +21,11 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from PIL import Image
 
-from paddlemix.errors import ImageError
+from paddlemix.errors import ImageError, VideoError
 
 MOST_BYTES = 32 << 20
 MOST_SECONDS = 10
+CLIP_BYTES, CLIP_SECONDS = 512 << 20, 120
 MOST_REDIRECTS = 5
 
 
@@ -31,27 +34,58 @@ def is_address(source):
     return isinstance(source, str) and source.lower().startswith(("http://", "https://", "data:"))
 
 
-def read_picture_bytes(source):
-    """The bytes of a picture that a user named.
+def read_picture_bytes(source, most_bytes=MOST_BYTES, seconds=MOST_SECONDS):
+    """The bytes of a picture, or a clip, that a user named.
 
     Args:
         source: ``https://...``, ``http://...``, ``data:...`` or ``-`` for standard input.
+        most_bytes, seconds: that it may have, and take.
 
     Raises:
-        ImageError: it cannot be had within 32 MB, 10 seconds and 5 redirects; or the address makes no sense.
+        ImageError: it cannot be had within these bounds and 5 redirects; or the address makes no sense.
     """
     if source == "-":
-        data = sys.stdin.buffer.read(MOST_BYTES + 1)
-        return _bounded(data, "standard input")
+        return _bounded(sys.stdin.buffer.read(most_bytes + 1), "standard input", most_bytes)
     if source.lower().startswith("data:"):
-        return _decode(source)
-    return _fetch(source)
+        return _decode(source, most_bytes)
+    return _fetch(source, most_bytes, seconds)
 
 
-def _decode(source):
+def named_sources(paths, clips=False):
+    """Sources that a user named for a command: those at addresses and standard input as bytes, files as they are.
+
+    Args:
+        paths: list of texts.
+        clips: whether they are clips, which may be larger and slower than pictures.
+    """
+    bounds = (CLIP_BYTES, CLIP_SECONDS) if clips else ()
+    return [
+        read_picture_bytes(path, *bounds) if is_address(path) or (isinstance(path, str) and path == "-") else path
+        for path in paths
+    ]
+
+
+@contextlib.contextmanager
+def on_disk(clip):
+    """The path of a clip for as long as it is entered: bytes go into a file that nobody else can read, gone afterwards."""
+    if not isinstance(clip, bytes):
+        yield clip
+        return
+    with tempfile.NamedTemporaryFile(prefix="paddlemix-clip-") as file:
+        file.write(clip)
+        file.flush()
+        try:
+            yield file.name
+        except VideoError as error:
+            raise VideoError(str(error).replace(f"video {file.name!r}", "the given video")) from None
+
+
+def _decode(source, most_bytes=MOST_BYTES):
     head, comma, body = source.partition(",")
-    if not comma or len(body) > MOST_BYTES * 3 // 2:
-        raise ImageError("the data: URL has no comma before its data, or is larger than 32 MB: give the picture as a file")
+    if not comma or len(body) > most_bytes * 3 // 2:
+        raise ImageError(
+            f"the data: URL has no comma before its data, or is larger than {most_bytes >> 20} MB: give it as a file"
+        )
     try:
         if head.lower().endswith(";base64"):
             return base64.b64decode("".join(body.split()), validate=True)
@@ -70,22 +104,22 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(request, file, code, message, headers, url)
 
 
-def _fetch(url):
+def _fetch(url, most_bytes, seconds):
     name = _short(url)
     try:
         if not urlsplit(url).hostname:
             raise ValueError("it names no host")
-        until = time.monotonic() + MOST_SECONDS
+        until = time.monotonic() + seconds
         opener = urllib.request.build_opener(_Redirects)
-        with opener.open(urllib.request.Request(url, headers={"User-Agent": "paddlemix"}), timeout=MOST_SECONDS) as answer:
+        with opener.open(urllib.request.Request(url, headers={"User-Agent": "paddlemix"}), timeout=seconds) as answer:
             data = bytearray()
             while chunk := answer.read1(1 << 16):
                 data += chunk
-                if len(data) > MOST_BYTES:
+                if len(data) > most_bytes:
                     break
                 if time.monotonic() > until:
                     raise TimeoutError
-        return _bounded(bytes(data), name)
+        return _bounded(bytes(data), name, most_bytes)
     except ImageError:
         raise
     except urllib.error.HTTPError as error:
@@ -93,12 +127,12 @@ def _fetch(url):
         reason = f"it redirects more than {MOST_REDIRECTS} times" if endless else f"HTTP {error.code}"
         raise ImageError(f"{name} cannot be fetched ({reason}): check the address") from None
     except TimeoutError:
-        raise ImageError(f"{name} did not come within {MOST_SECONDS} seconds: download it and give the file") from None
+        raise ImageError(f"{name} did not come within {seconds} seconds: download it and give the file") from None
     # http.client and ssl add exceptions of their own to these.
     except Exception as error:
         cause = getattr(error, "reason", error)
         if isinstance(cause, TimeoutError):
-            raise ImageError(f"{name} did not come within {MOST_SECONDS} seconds: download it and give the file") from None
+            raise ImageError(f"{name} did not come within {seconds} seconds: download it and give the file") from None
         raise ImageError(f"{name} cannot be fetched ({cause}): check the address, or download it and give the file") from None
 
 
@@ -237,9 +271,9 @@ class Remote:
         )
 
 
-def _bounded(data, name):
-    if len(data) > MOST_BYTES:
-        raise ImageError(f"{name} has more than {MOST_BYTES >> 20} MB: make the picture smaller")
+def _bounded(data, name, most_bytes):
+    if len(data) > most_bytes:
+        raise ImageError(f"{name} has more than {most_bytes >> 20} MB: make it smaller")
     return data
 
 

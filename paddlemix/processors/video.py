@@ -25,6 +25,8 @@ def load_video(
     use_thumbnail=True,
     normalize_type="imagenet",
     reader="auto",
+    exif_orientation=False,
+    background=None,
 ):
     """Read frames spread evenly over a video and return their normalised tiles.
 
@@ -34,6 +36,7 @@ def load_video(
         input_size, max_num, use_thumbnail, normalize_type: tiling of each frame, see ``load_image``.
         num_segments: number of frames; a shorter video repeats some.
         reader: see :func:`sample_frames`.
+        exif_orientation, background: see ``open_image``, for the pictures of a folder and of an animation.
 
     Returns:
         pixel_values: float32 array [tiles of all frames, 3, input_size, input_size].
@@ -44,7 +47,8 @@ def load_video(
         ImageError: a frame of a folder cannot be read, or the tiling makes no sense.
     """
     pixels = []
-    for frame in _iterate_frames(path, num_segments, bound, "segment", None, reader):
+    look = dict(exif_orientation=exif_orientation, background=background)
+    for frame in _iterate_frames(path, num_segments, bound, "segment", None, reader, look):
         tiles = dynamic_preprocess(frame, max_num=max_num, image_size=input_size, use_thumbnail=use_thumbnail)
         pixels.append(to_pixels(tiles, normalize_type))
     return np.concatenate(pixels), [len(tiles) for tiles in pixels]
@@ -100,11 +104,11 @@ def frame_prefix(num_frames):
     return "".join(f"Frame{number}: <image>\n" for number in range(1, num_frames + 1))
 
 
-def _iterate_frames(path, num_segments, bound, sample, rng, reader):
+def _iterate_frames(path, num_segments, bound, sample, rng, reader, look=None):
     check({"num_segments": num_segments}, {"num_segments": SEGMENTS}, error=VideoError)
     if sample not in SAMPLES:
         raise VideoError(f"sample {sample!r} is unknown; choose one of {', '.join(SAMPLES)}")
-    with closing(open_video(path, reader)) as video:
+    with closing(open_video(path, reader, look)) as video:
         max_frame, fps = video.num_frames - 1, None
         if max_frame < 0:
             raise VideoError(f"{video.name} holds no frame; replace it")

@@ -19,16 +19,18 @@ from paddlemix.files import open_regular
 from paddlemix.processors.image import open_image, picture_formats
 
 # Frames of a folder are files of these kinds; everything else in it is ignored.
-FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"}
+FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif", ".heic", ".heif"}
 
 
-def open_video(path, reader):
+def open_video(path, reader, look=None):
+    """A reader of frames; ``look`` is how :func:`~.image.open_image` takes the pictures of a folder or of an animation."""
+    look = look or {}
     if not isinstance(path, (str, os.PathLike)):
         raise VideoError(f"a video must be the path of a file or folder, not {type(path).__name__}")
     path = Path(path)
     name = f"video {str(path)!r}"
     if path.is_dir():
-        return _FolderReader(path, name)
+        return _FolderReader(path, name, look)
     try:
         with open_regular(path) as file:
             if not file.read(1):
@@ -46,7 +48,7 @@ def open_video(path, reader):
         pass
     else:
         if picture.format in _AnimationReader.formats and (picture.format == "GIF" or picture.is_animated):
-            return _AnimationReader(picture, name)
+            return _AnimationReader(picture, name, look)
         picture.close()
         raise VideoError(f"{name} is a still {picture.format} picture; give it as an image instead")
 
@@ -92,8 +94,8 @@ class _FolderReader:
 
     fps = None
 
-    def __init__(self, path, name):
-        self.name = name
+    def __init__(self, path, name, look):
+        self.name, self._look = name, look
         pictures = (file for file in path.iterdir() if file.suffix.lower() in FRAME_SUFFIXES and file.name[0] != ".")
         self._files = sorted(pictures, key=lambda file: _natural_order(file.name))
         self.num_frames = len(self._files)
@@ -101,7 +103,7 @@ class _FolderReader:
             raise VideoError(f"{name} is a folder without pictures; put the frames there as JPEG or PNG files")
 
     def frames(self, indices):
-        return (open_image(self._files[index]) for index in indices)
+        return (open_image(self._files[index], **self._look) for index in indices)
 
     def close(self):
         pass
@@ -116,8 +118,8 @@ class _AnimationReader:
 
     formats = ("GIF", "WEBP", "PNG", "AVIF")
 
-    def __init__(self, picture, name):
-        self.name, self._picture = name, picture
+    def __init__(self, picture, name, look):
+        self.name, self._picture, self._look = name, picture, look
         with self._errors():
             self.num_frames = picture.n_frames
             self._read(self.num_frames - 1)  # where a GIF is cut off, the last frame is incomplete
@@ -139,7 +141,7 @@ class _AnimationReader:
 
     def _read(self, index):
         self._picture.seek(index)
-        return open_image(self._picture)
+        return open_image(self._picture, **self._look)
 
     @contextmanager
     def _errors(self):

@@ -24,6 +24,7 @@ _log = logging.getLogger("paddlemix.serving")
 _OPEN = ("/health", "/metrics")
 _PING_SECONDS = 10
 _BODY_SECONDS = 60
+_STUCK_SECONDS = 120  # one turn of the engine's loop on the slowest machine takes less
 _DRAINED = 16 << 20
 
 
@@ -82,6 +83,26 @@ class Server:
     def models(self):
         """Names that a request can ask for."""
         return [self.args.served_model_name, *self.engine.adapters]
+
+    @property
+    def longest(self):
+        """The largest context, in tokens."""
+        return self.engine.loop.longest
+
+    async def metrics_text(self):
+        """What ``/metrics`` tells."""
+        return self.metrics.text()
+
+    def check_health(self):
+        """See that the engine's loop turns.
+
+        Raises:
+            RequestError: it does not.
+        """
+        if not self.engine.thread.is_alive():
+            raise RequestError("the engine has ended", status=503)
+        if time.monotonic() - self.engine.beat > _STUCK_SECONDS:
+            raise RequestError("the engine is stuck", status=503)
 
     def _deliver(self, events):
         with contextlib.suppress(RuntimeError):  # the event loop is gone: nobody listens any more
@@ -277,13 +298,12 @@ class Server:
         @app.get("/health")
         async def health():
             self._check_ready()
-            if not self.engine.thread.is_alive():
-                raise RequestError("the engine has ended", status=503)
+            self.check_health()
             return {"status": "ok"}
 
         @app.get("/metrics")
         async def metrics():
-            return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+            return Response(await self.metrics_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
         @app.exception_handler(RequestError)
         async def refused(request, error):
@@ -303,7 +323,7 @@ class Server:
     def _model(self, name):
         root = self.args.served_model_name
         return {"id": name, "object": "model", "created": self.created, "owned_by": "paddlemix", "root": root,
-                "max_model_len": self.engine.loop.longest if self.engine.ready.is_set() else None}  # fmt: skip
+                "max_model_len": self.longest if self.engine.ready.is_set() else None}  # fmt: skip
 
     def permits(self, header):
         """Whether an Authorization header has the key."""

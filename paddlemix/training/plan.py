@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from paddlemix import device
 from paddlemix.datasets.records import read_meta
-from paddlemix.errors import ConfigError, DataError, DeviceError, command_main
+from paddlemix.errors import DataError, DeviceError, command_main
 from paddlemix.models.blocks.adapters import with_adapters
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
 
@@ -431,17 +431,22 @@ def memory_table():
 def read_config(model_args):
     """The configuration of the model that is started from: its ``config.json``, or the sizes that are known for its name.
 
+    Of a model that is put together: those of its two parts. Of a language model that is MXFP4 the plan counts bfloat16, which
+    it is read into.
+
     Raises:
         UserError: there is no such directory, and the name is not that of a published model.
     """
     from paddlemix.checkpoints.hub import resolve
+
+    from .parts import parts_config
 
     whole = model_args.model_name_or_path
     name = os.path.basename(os.path.normpath(whole or model_args.llm_path))
     if not os.path.isdir(whole or model_args.llm_path) and is_known(name):
         return published_config(name)
     if whole is None:
-        raise ConfigError("the plan needs a whole model: set --model_name_or_path")
+        return parts_config(resolve(model_args.vision_path), resolve(model_args.llm_path), 0.5)[0]
     return InternVLChatConfig.from_pretrained(resolve(model_args.model_name_or_path))
 
 

@@ -74,6 +74,7 @@ _PARTS = {
     "internlm2-chat-20b": "InternVL-Chat-V1-5",
     "internlm2-chat-1_8b": "Mini-InternVL-Chat-2B-V1-5",
     "phi-3-mini-128k-instruct": "Mini-InternVL-Chat-4B-V1-5",
+    "gpt-oss-20b": "InternVL3_5-GPT-OSS-20B-A4B-Preview",
     "internvl_chat_v1_5_hermes2_yi34b_dynamic_res_pretrain": "InternVL-Chat-V1-2",
     "internvl_chat_v1_5_internlm2_20b_dynamic_res_pretrain": "InternVL-Chat-V1-5",
     "internvl_chat_v1_5_internlm2_1_8b_dynamic_res_pretrain": "Mini-InternVL-Chat-2B-V1-5",

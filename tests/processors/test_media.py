@@ -2,12 +2,13 @@
 
 import base64
 import io
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from paddlemix.errors import ImageError
 from paddlemix.processors.image import load_image, open_image
@@ -89,6 +90,47 @@ def test_transparent_pictures_are_laid_on_a_colour():
         open_image(clear, background="whitish")
 
 
-def test_a_phones_format_is_named():
-    with pytest.raises(ImageError, match="HEIC or HEIF, which needs pillow-heif|damaged header"):
+def phone_picture(image, orientation=1):
+    """The bytes of a HEIC file, as a phone writes them."""
+    heif = pytest.importorskip("pillow_heif")
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.info["exif"] = exif.tobytes()
+    buffer = io.BytesIO()
+    heif.from_pillow(image).save(buffer, quality=95)
+    assert buffer.getvalue()[4:12] == b"ftypheic"
+    return buffer.getvalue()
+
+
+def test_a_phones_picture_is_read_and_stands_upright(tmp_path):
+    image = Image.open(io.BytesIO(PICTURE)).convert("RGB")
+    (tmp_path / "a.heic").write_bytes(data := phone_picture(image.copy()))
+    for source in (data, tmp_path / "a.heic", str(tmp_path / "a.heic")):
+        opened = open_image(source)
+        assert opened.size == image.size and opened.mode == "RGB"
+        assert np.abs(np.asarray(opened, int) - np.asarray(image, int)).mean() < 3  # its compression loses so much
+    assert load_image(data, input_size=56).shape == load_image(PICTURE, input_size=56).shape
+    clear = image.convert("RGBA")
+    clear.putalpha(0)
+    assert open_image(phone_picture(clear), background="white").getextrema() == ((255, 255),) * 3
+
+
+def test_half_a_phones_picture_is_one_sentence():
+    data = phone_picture(Image.open(io.BytesIO(PICTURE)).convert("RGB"))
+    for length in (20, 100, len(data) // 2, len(data) - 50):
+        with pytest.raises(ImageError, match="damaged"):
+            open_image(data[:length])
+
+
+def test_a_phones_format_is_named_where_nothing_reads_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
+    with pytest.raises(ImageError, match=r"HEIC or HEIF, which needs pillow-heif: pip install 'paddlemix\[heif\]'"):
         open_image(b"\0\0\0\x18ftypheic" + bytes(40))
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif_is_read_by_pillow():
+    image, buffer = Image.open(io.BytesIO(PICTURE)).convert("RGB"), io.BytesIO()
+    image.save(buffer, "AVIF", quality=95)
+    opened = open_image(buffer.getvalue())
+    assert opened.size == image.size and np.abs(np.asarray(opened, int) - np.asarray(image, int)).mean() < 3

@@ -10,8 +10,8 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from paddlemix.boxes import written_boxes
 from paddlemix.errors import UserError
-from paddlemix.processors.boxes import written_boxes
 from paddlemix.processors.image import picture_traits
 from paddlemix.processors.media import Remote
 

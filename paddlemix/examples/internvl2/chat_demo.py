@@ -16,14 +16,14 @@ DEMO_IMAGE = cli.DEMO_IMAGES / "scene_1.png"
 DEMO_TEXT = "What color is the star?"
 
 
-def load_pictures(paths, config, max_num=None, upright=True, background="white"):
+def load_pictures(paths, config, max_num=None, exif_orientation=True, background="white"):
     """Pictures as a checkpoint wants them.
 
     Args:
         paths: picture files, addresses, or bytes of pictures.
         config: the checkpoint's :class:`InternVLChatConfig`.
         max_num: most tiles of a picture, instead of the configuration's.
-        upright: turn pictures as their EXIF data say.
+        exif_orientation: turn pictures as their EXIF data say.
         background: colour that transparent pictures are laid on; None drops their transparency, as the original does.
 
     Returns:
@@ -43,7 +43,7 @@ def load_pictures(paths, config, max_num=None, upright=True, background="white")
             use_thumbnail=config.use_thumbnail,
             pad2square=config.pad2square,
             dynamic=config.dynamic_image_size,
-            exif_orientation=upright,
+            exif_orientation=exif_orientation,
             background=background,
         )
         for path in paths
@@ -69,12 +69,12 @@ def check_drawing(paths, output):
         raise PromptError(f"--draw_boxes {output}: '{output.suffix}' is no picture format: use a name that ends in .png")
 
 
-def save_boxes(session, path, output, upright=True, background="white"):
+def save_boxes(session, path, output, exif_orientation=True, background="white"):
     """Draw the boxes of the last answer on the picture ``path`` and save it as ``output``, whole or not at all."""
     from paddlemix.boxes import draw_boxes, parse_boxes
     from paddlemix.processors.image import open_image
 
-    picture = open_image(path, upright, background)
+    picture = open_image(path, exif_orientation, background)
     boxes = parse_boxes(session.marked_answer, *picture.size)
     unfinished = Path(output).with_name(f".{Path(output).name}")  # the name's end is the format
     try:
@@ -102,31 +102,21 @@ def main():
     parser.add_argument("--text", default=None, help=f"the question; <image> marks a picture's place (default: {DEMO_TEXT!r})")
     parser.add_argument("--max_num", type=int, default=None, help="most tiles of a picture (default: the checkpoint's own)")
     parser.add_argument("--draw_boxes", metavar="OUT.png", help="draw the boxes that the answer names on the picture")
-    parser.add_argument("--keep_orientation", action="store_true", help="do not turn pictures as their EXIF data say")
-    parser.add_argument(
-        "--background",
-        default="white",
-        metavar="keep|COLOR",
-        help="what transparent pictures are laid on; keep drops their transparency, as the original does (default: white)",
-    )
+    cli.add_picture_flags(parser)
     args = parser.parse_args()
 
     bundled = args.image_path is None and args.text is None
     paths = [str(DEMO_IMAGE)] if bundled else [path for path in args.image_path or [] if path != "None"]
-    if "-" in paths and args.interactive:
-        raise PromptError("--image_path - reads standard input, where --interactive reads questions: save it first")
     if args.draw_boxes:
         check_drawing(paths, args.draw_boxes)
-    from paddlemix.processors.media import is_address, read_picture_bytes
-
-    paths = [read_picture_bytes(path) if path == "-" or is_address(path) else path for path in paths]
-    look = (not args.keep_orientation, None if args.background == "keep" else args.background)
+    paths = cli.sources(paths, "--image_path", args.interactive)
+    look = cli.look(args)
     cli.run(
         args,
         DEMO_TEXT if args.text is None else args.text,
         paths,
-        lambda paths, config: load_pictures(paths, config, args.max_num, *look),
-        (lambda session: save_boxes(session, paths[0], args.draw_boxes, *look)) if args.draw_boxes else None,
+        lambda paths, config: load_pictures(paths, config, args.max_num, **look),
+        (lambda session: save_boxes(session, paths[0], args.draw_boxes, **look)) if args.draw_boxes else None,
     )
 
 

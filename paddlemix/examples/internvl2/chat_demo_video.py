@@ -13,21 +13,26 @@ from paddlemix.examples.internvl2 import cli
 
 DEMO_VIDEO = cli.DEMO_IMAGES / "clip.mp4"
 DEMO_TEXT = "Please describe this video."
+VIDEO_HELP = (
+    "a video: a file, a folder of frames, an https:// or data: address, - for standard input "
+    "(default: a bundled clip if --text is not given)"
+)
 
 
 def load_frames(paths, config, args):
     """Frames of videos as a checkpoint wants them.
 
     Args:
-        paths: videos; their frames are numbered through.
+        paths: videos, also addresses and bytes of files; their frames are numbered through.
         config: the checkpoint's :class:`InternVLChatConfig`.
-        args: parsed flags: ``num_segments``, ``max_num``, ``start`` and ``end``.
+        args: parsed flags of this command.
 
     Returns:
         (marks that go before a question, pixel_values ``[T, 3, H, W]``, tiles of each frame).
     """
     import numpy as np
 
+    from paddlemix.processors.media import on_disk
     from paddlemix.processors.video import frame_prefix, load_video
 
     bound = None
@@ -35,17 +40,20 @@ def load_frames(paths, config, args):
         bound = (args.start or 0.0, float("inf") if args.end is None else args.end)
         if bound[0] >= bound[1]:
             raise VideoError(f"--start {bound[0]} is not before --end {bound[1]}")
-    videos = [
-        load_video(
-            path,
-            bound,
-            input_size=config.image_size,
-            max_num=args.max_num,
-            num_segments=args.num_segments,
-            use_thumbnail=config.use_thumbnail,
-        )
-        for path in paths
-    ]
+    videos = []
+    for source in cli.sources(paths, "--video_path", args.interactive, clips=True):
+        with on_disk(source) as path:
+            videos.append(
+                load_video(
+                    path,
+                    bound,
+                    input_size=config.image_size,
+                    max_num=args.max_num,
+                    num_segments=args.num_segments,
+                    use_thumbnail=config.use_thumbnail,
+                    **cli.look(args),
+                )
+            )
     counts = [n for _, per_frame in videos for n in per_frame]
     return frame_prefix(len(counts)), np.concatenate([pixels for pixels, _ in videos]), counts
 
@@ -54,12 +62,13 @@ def load_frames(paths, config, args):
 def main():
     """Parse the command line and chat."""
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--video_path", default=None, help="a video (default: a bundled clip if --text is not given)")
+    parser.add_argument("--video_path", default=None, help=VIDEO_HELP)
     parser.add_argument("--text", default=None, help=f"the question (default: {DEMO_TEXT!r})")
     parser.add_argument("--num_segments", type=int, help="frames that are looked at (default: 8; 4 for the bundled clip)")
     parser.add_argument("--max_num", type=int, default=1, help="most tiles of a frame (default: 1)")
     parser.add_argument("--start", type=float, default=None, help="look at the video from this second on")
     parser.add_argument("--end", type=float, default=None, help="look at the video up to this second")
+    cli.add_picture_flags(parser)
     args = parser.parse_args()
 
     bundled = args.video_path is None and args.text is None
@@ -67,6 +76,7 @@ def main():
         args.num_segments = 4  # what the bundled model was trained on
     args.num_segments = 8 if args.num_segments is None else args.num_segments
     paths = [str(DEMO_VIDEO)] if bundled else [path for path in [args.video_path] if path not in (None, "None")]
+    paths = cli.sources(paths, "--video_path", args.interactive, clips=True)  # before the model takes its time
     text = DEMO_TEXT if args.text is None else args.text
     cli.run(args, text, paths, lambda paths, config: load_frames(paths, config, args))
 

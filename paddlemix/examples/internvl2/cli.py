@@ -6,7 +6,7 @@ from pathlib import Path
 
 import paddlemix
 from paddlemix.commands import Parser
-from paddlemix.errors import UserError
+from paddlemix.errors import PromptError, UserError
 
 ROOT = Path(paddlemix.__file__).parent
 DEMO_MODEL = ROOT / "demo_model"
@@ -45,21 +45,7 @@ def make_parser(description):
     answer.add_argument("--top_k", type=int, default=50, help="with --do_sample; 0 for all tokens (default: 50)")
     answer.add_argument("--top_p", type=float, default=1.0, help="with --do_sample (default: 1.0)")
     answer.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition (default: 1.0)")
-    answer.add_argument(
-        "--num_beams", type=int, default=1, help="continuations that are followed at once, to find the likeliest (default: 1)"
-    )
-    answer.add_argument(
-        "--num_return_sequences", type=int, default=1, help="with --num_beams: answers to print, best first (default: 1)"
-    )
-    answer.add_argument(
-        "--length_penalty", type=float, default=1.0, help="with --num_beams: above 0 favours long answers (default: 1.0)"
-    )
-    answer.add_argument(
-        "--early_stopping",
-        default="false",
-        choices=["true", "false", "never"],
-        help="with --num_beams: stop at the first whole answers, when no better one is likely, or possible (default: false)",
-    )
+    add_beam_flags(answer)
     answer.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="texts that end the answer")
     answer.add_argument("--seed", type=int, default=None, help="with --do_sample: the same seed gives the same answer")
     answer.add_argument("--system_message", default=None, help="tell the model who it is (default: the checkpoint's own)")
@@ -69,6 +55,62 @@ def make_parser(description):
     answer.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     answer.add_argument("--interactive", action="store_true", help="go on asking in the same conversation")
     return parser
+
+
+def add_beam_flags(parser):
+    """Flags of beam search; :func:`beams` reads them."""
+    parser.add_argument(
+        "--num_beams", type=int, default=1, help="continuations that are followed at once, to find the likeliest (default: 1)"
+    )
+    parser.add_argument(
+        "--num_return_sequences", type=int, default=1, help="with --num_beams: answers to print, best first (default: 1)"
+    )
+    parser.add_argument(
+        "--length_penalty", type=float, default=1.0, help="with --num_beams: above 0 favours long answers (default: 1.0)"
+    )
+    parser.add_argument(
+        "--early_stopping",
+        default="false",
+        choices=["true", "false", "never"],
+        help="with --num_beams: stop at the first whole answers, when no better one is likely, or possible (default: false)",
+    )
+
+
+def beams(args):
+    """The options of generation that the flags of :func:`add_beam_flags` stand for."""
+    names = ("num_beams", "num_return_sequences", "length_penalty")
+    early = {"true": True, "false": False}.get(args.early_stopping, args.early_stopping)
+    return {**{name: getattr(args, name) for name in names}, "early_stopping": early}
+
+
+def add_picture_flags(parser):
+    """Flags that say how pictures are taken; :func:`look` reads them."""
+    parser.add_argument("--keep_orientation", action="store_true", help="do not turn pictures as their EXIF data say")
+    parser.add_argument(
+        "--background",
+        default="white",
+        metavar="keep|COLOR",
+        help="what transparent pictures are laid on; keep drops their transparency, as the original does (default: white)",
+    )
+
+
+def look(args):
+    """The arguments of ``open_image`` that the flags of :func:`add_picture_flags` stand for."""
+    return dict(exif_orientation=not args.keep_orientation, background=None if args.background == "keep" else args.background)
+
+
+def sources(paths, flag, interactive, clips=False):
+    """What a user named by ``flag``: addresses and standard input as bytes, files as they are.
+
+    Raises:
+        PromptError: standard input is to be read while questions come from it.
+        ImageError: an address cannot be read.
+    """
+    if "-" in paths and interactive:
+        raise PromptError(f"{flag} - reads standard input, where questions are read: save it first, and give the file")
+    from paddlemix.processors.media import named_sources
+
+    return named_sources(paths, clips)
 
 
 def load_session(args):
@@ -112,9 +154,7 @@ def run(args, text, paths, attach, finish=None, load=load_session):
 
 def _ask(session, args, question, pixels=None, counts=None):
     names = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
-    names += ("num_beams", "num_return_sequences", "length_penalty")
-    options = {name: getattr(args, name) for name in names} | {"stop_strings": tuple(args.stop)}
-    options["early_stopping"] = {"true": True, "false": False}.get(args.early_stopping, args.early_stopping)
+    options = {name: getattr(args, name) for name in names} | beams(args) | {"stop_strings": tuple(args.stop)}
     thinks = getattr(session, "thinking", False)
     if thinks:  # flags that were left alone take the values of the model's card
         from paddlemix.models.blocks.thinking import SAMPLING

@@ -25,6 +25,7 @@ def main(argv=None):
     parser.add_argument("--answers-file", help="where to write (default: results/TASK/answers.jsonl)")
     parser.add_argument("--conv-mode", default="vicuna_v1", help="conversation template (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest tokens (default: %(default)s)")
+    parser.add_argument("--num-beams", "--num_beams", type=int, default=1, help="beams of the search (default: 1)")
     parser.add_argument("--num-chunks", type=int, default=1, help="parts that the set is cut into (default: 1)")
     parser.add_argument("--chunk-idx", type=int, default=0, help="the part to answer, from 0 (default: 0)")
     parser.add_argument("--all-rounds", action="store_true", help="MMBench: once for each rotation of the choices")
@@ -48,7 +49,8 @@ def main(argv=None):
 
     device.set_device(args.device)
     model = LlavaForCausalLM.from_pretrained(args.model_path, args.model_base, args.vision_tower, dtype=args.dtype)
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {}
+    sampling = {"num_beams": args.num_beams} if args.num_beams > 1 else {}
+    sampling |= {"do_sample": True, "temperature": args.temperature} if args.temperature else {}
     name = os.path.basename(os.path.normpath(args.model_path))
     lines = answer(model, load_tokenizer(args.model_path, args.model_base), tqdm(questions), args.conv_mode, name, **sampling)
     path = args.answers_file or os.path.join("results", args.task, "answers.jsonl")

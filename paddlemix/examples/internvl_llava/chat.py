@@ -12,9 +12,8 @@ import argparse
 import sys
 
 from paddlemix.commands import Parser
-from paddlemix.errors import ImageError, UserError, command_main
-
-_LARGEST_DOWNLOAD = 64 << 20
+from paddlemix.errors import UserError, command_main
+from paddlemix.examples.internvl2 import cli
 
 
 def make_parser():
@@ -23,7 +22,7 @@ def make_parser():
     parser.add_argument("--model-path", required=True, help="a checkpoint directory, or a name")
     parser.add_argument("--model-base", help="the language model of a checkpoint that is a projector or LoRA adapters alone")
     parser.add_argument("--vision-tower", help="the vision tower, instead of the one that the checkpoint has or names")
-    parser.add_argument("--image-file", help="a picture, or its address (default: none)")
+    parser.add_argument("--image-file", help="a picture: a file, or an https:// or data: address (default: none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, gpu, npu or another Paddle device (default: auto)")
     parser.add_argument(
         "--dtype",
@@ -33,8 +32,11 @@ def make_parser():
     )
     parser.add_argument("--engine", default="auto", choices=["auto", "eager", "inference"], help="as for chat_demo.py")
     parser.add_argument("--conv-mode", default="vicuna_v1", help="conversation template (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 takes the likeliest tokens (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.2, help="0, or beams, take the likeliest tokens (default: %(default)s)"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: %(default)s)")
+    cli.add_beam_flags(parser)
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
     parser.add_argument("--load-8bit", action="store_true", help="weights of 8 bits")
     parser.add_argument("--load-4bit", action="store_true", help="weights of 4 bits")
@@ -43,29 +45,9 @@ def make_parser():
         default="pad",
         help="pad: all of the picture on a square; otherwise its middle is cut out (default: %(default)s)",
     )
+    cli.add_picture_flags(parser)
     parser.add_argument("--debug", action="store_true", help="print every prompt and what was answered")
     return parser
-
-
-def open_source(name):
-    """A path as it is; an address as the bytes that it leads to.
-
-    Raises:
-        ImageError: it cannot be fetched.
-    """
-    if not name.startswith(("http://", "https://")):
-        return name
-    import urllib.request
-
-    try:
-        with urllib.request.urlopen(name, timeout=30) as response:
-            content = response.read(_LARGEST_DOWNLOAD + 1)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise ImageError(f"{name} cannot be fetched ({reason}): check the address and the network") from None
-    if len(content) > _LARGEST_DOWNLOAD:
-        raise ImageError(f"{name} is larger than {_LARGEST_DOWNLOAD >> 20} MB: fetch it yourself, and make it smaller")
-    return content
 
 
 @command_main
@@ -78,18 +60,20 @@ def main(argv=None):
     from paddlemix import device
     from paddlemix.models.internvl_llava import LlavaForCausalLM, load_tokenizer, process_images
     from paddlemix.models.internvl_llava.conversation import get_template
+    from paddlemix.processors.image import open_image
 
     template = get_template(args.conv_mode)
-    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    if args.temperature:
+    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed, **cli.beams(args)}
+    if args.temperature and args.num_beams == 1:
         options |= {"do_sample": True, "temperature": args.temperature}
     device.set_device(args.device)
-    source = None if args.image_file is None else open_source(args.image_file)
+    sources = [] if args.image_file is None else cli.sources([args.image_file], "--image-file", interactive=True)
+    pictures = [open_image(source, **cli.look(args)) for source in sources]  # before the model takes its time
     model = LlavaForCausalLM.from_pretrained(
         args.model_path, args.model_base, args.vision_tower, dtype=args.dtype, engine=args.engine
     )
     session, _ = model.session(load_tokenizer(args.model_path, args.model_base), template=template)
-    pixels = None if source is None else process_images([source], model.image_size, args.image_aspect_ratio)
+    pixels = process_images(pictures, model.image_size, args.image_aspect_ratio) if pictures else None
 
     user, assistant = (name.strip(": ") or default for name, default in zip((template.user[0], template.assistant), _ROLES))
     while True:
@@ -108,6 +92,8 @@ def main(argv=None):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
             print()
+            for other in session.answers[1:]:
+                print(f"{assistant}: {other}")
         except UserError as error:  # too long a question is no reason to lose the conversation
             print(f"\nerror: {error}", file=sys.stderr)
             continue

@@ -19,7 +19,10 @@ def main():
     parser = cli.make_parser(__doc__)
     parser.set_defaults(max_new_tokens=512)
     parser.add_argument(
-        "--image_path", default=None, help="a picture; None for no picture (default: a bundled one if --text is not given)"
+        "--image_path",
+        default=None,
+        help="a picture: a file, an https:// or data: address, - for standard input; None for no picture (default: a bundled "
+        "one if --text is not given)",
     )
     parser.add_argument("--text", default=None, help=f"the question (default: {DEMO_TEXT!r})")
     parser.add_argument("--max_num", type=int, default=None, help="most tiles of the finer scale (default: 12)")
@@ -27,10 +30,12 @@ def main():
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument("--scm", action="store_true", default=True, help="drop half of the finer scale's tokens (default)")
     scale.add_argument("--no_scm", action="store_false", dest="scm", help="keep all tokens, as the published demo does")
+    cli.add_picture_flags(parser)
     args = parser.parse_args()
 
     bundled = args.image_path is None and args.text is None
     paths = [str(DEMO_IMAGE)] if bundled else [path for path in [args.image_path] if path not in (None, "None")]
+    paths = cli.sources(paths, "--image_path", args.interactive)
     session = None
 
     def load(args):
@@ -44,11 +49,14 @@ def main():
         return session
 
     def attach(paths, config):
+        from paddlemix.processors.image import open_image
         from paddlemix.processors.minimonkey import multi_scale_tiles
 
         if len(paths) != 1 or session.grid is not None:
             raise PromptError("Mini-Monkey looks at one picture in a conversation: start another for each")
-        pixels, session.grid, _ = multi_scale_tiles(paths[0], config.image_size, args.tiling, args.max_num)
+        (source,) = cli.sources(paths, "--image_path", args.interactive)  # an address may come by /add
+        picture = open_image(source, **cli.look(args))
+        pixels, session.grid, _ = multi_scale_tiles(picture, config.image_size, args.tiling, args.max_num)
         return "<image>\n", pixels, [len(pixels)]
 
     cli.run(args, DEMO_TEXT if args.text is None else args.text, paths, attach, load=load)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from paddlemix.checkpoints.mxfp4 import without_mark
 from paddlemix.errors import ConfigError
 from paddlemix.models.blocks.configuration import Config, LanguageConfig, VisionConfig
 from paddlemix.models.blocks.validation import check_chat
@@ -47,6 +48,7 @@ class InternVLChatConfig(Config):
         kind = values.get("model_type")
         if isinstance(kind, str) and kind in hf.OTHER_FAMILIES:
             raise ConfigError(f"model_type {shown(kind)} is not supported: {hf.OTHER_FAMILIES[kind]}")
+        values = without_mark(values)
         if hf.is_hf(values):
             values = hf.original_config(values)
         for key in ("vision_config", "llm_config"):

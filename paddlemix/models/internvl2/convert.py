@@ -13,6 +13,7 @@ from tqdm import tqdm
 from paddlemix.checkpoints.checkpoint import LAYOUTS, Checkpoint, convert_checkpoint
 from paddlemix.checkpoints.files import INDEX_FILES
 from paddlemix.checkpoints.hub import resolve
+from paddlemix.checkpoints.mxfp4 import without_mark
 from paddlemix.checkpoints.safetensors_files import parse_size
 from paddlemix.checkpoints.tensors import ARRAY_DTYPES, DTYPES
 from paddlemix.commands import Parser
@@ -72,7 +73,7 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
 def _to_hf(source, target, config):
     """Put what transformers wants in place of the original's small files, or beside them."""
     tokenizer = load_tokenizer(source)
-    values = hf.hf_config(config, read_json(os.path.join(source, "config.json")), tokenizer)
+    values = hf.hf_config(config, without_mark(read_json(os.path.join(source, "config.json"))), tokenizer)
     written = read_json(os.path.join(target, "config.json"))
     values["dtype"] = written.get("torch_dtype", values["dtype"])
     files = {"config.json": values, **hf.processor_files(config, tokenizer)}
@@ -134,19 +135,17 @@ def copy_small_files(source, target, dtype):
         path = os.path.join(source, name)
         if name.endswith(_COPIED_SUFFIXES) and name not in INDEX_FILES and os.path.isfile(path):
             shutil.copyfile(path, os.path.join(target, name))
-    if dtype is None:
-        return
     path = os.path.join(target, "config.json")
-    with open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    # Engines that load in the dtype that the configuration names would undo the conversion.
-    parts = (config.get(name) for name in ("llm_config", "text_config", "vision_config"))
-    for part in (config, *filter(None, parts)):
-        if "torch_dtype" in part or part is config:
-            part["torch_dtype"] = dtype
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(config, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+    given = read_json(path)
+    config = without_mark(given)  # what was MXFP4 is written unpacked
+    if dtype is not None:
+        # Engines that load in the dtype that the configuration names would undo the conversion.
+        parts = (config.get(name) for name in ("llm_config", "text_config", "vision_config"))
+        for part in (config, *filter(None, parts)):
+            if "torch_dtype" in part or part is config:
+                part["torch_dtype"] = dtype
+    if dtype is not None or config != given:
+        _write(path, config)
 
 
 @command_main

@@ -1,0 +1,1 @@
+"""The server on several accelerators or machines: replicas, their health and their number are Ray Serve's business."""
