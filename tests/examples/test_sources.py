@@ -140,6 +140,14 @@ def test_frames_of_a_folder_are_turned(ask, tmp_path, sideways):
     assert ask(chat_demo_video, *flags, tmp_path / "phone", "--keep_orientation") == answers["lying"]
 
 
+def test_more_frames_than_the_context_holds_are_refused_before_they_are_read(ask, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"never opened")
+    code, _, said = ask(chat_demo_video, *QWEN2, "--num_segments", 4000, "--video_path", tmp_path / "clip.mp4")
+    room = load_reference("qwen2").model.config.llm_config.context_length
+    assert code == 1 and said.startswith("error: --num_segments 4000 are at least 64000 tokens") and said.count("\n") == 1
+    assert f"context is {room}: use at most {(room - 1) // 16}" in said
+
+
 BEAMS = ["--num_beams", 3, "--num_return_sequences", 2]
 OPTIONS = {"num_beams": 3, "num_return_sequences": 2, "max_new_tokens": 6}
 

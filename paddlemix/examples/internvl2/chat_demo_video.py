@@ -40,6 +40,13 @@ def load_frames(paths, config, args):
         bound = (args.start or 0.0, float("inf") if args.end is None else args.end)
         if bound[0] >= bound[1]:
             raise VideoError(f"--start {bound[0]} is not before --end {bound[1]}")
+    room, per_tile = config.llm_config.context_length, config.num_image_token
+    least = len(paths) * args.num_segments * per_tile  # a frame is one tile at least
+    if least >= room:  # before anything is decoded
+        raise VideoError(
+            f"--num_segments {args.num_segments} are at least {least} tokens, but the model's context is {room}: "
+            f"use at most {(room - 1) // (len(paths) * per_tile)}"
+        )
     videos = []
     for source in cli.sources(paths, "--video_path", args.interactive, clips=True):
         with on_disk(source) as path:
