@@ -181,9 +181,10 @@ def main():
     minutes = (time.monotonic() - start) / 60
     print(f"held-out pictures before: {before:.1%}, after: {after:.1%}; {minutes:.1f} minutes in all")
     print(f"loss curves: {output / 'loss.png'}; model: {output / 'finetune'}; try it:")
+    question = heldout[0]["conversations"][0]["value"].splitlines()[-1]
     print(
         f"  python paddlemix/examples/internvl_llava/chat.py --model-path {output / 'finetune'} "
-        f'--image-file {folder / heldout[0]["image"]}    # asks USER: {heldout[0]["conversations"][0]["value"].splitlines()[-1]}'
+        f"--image-file {folder / heldout[0]['image']}    # asks USER: {question}"
     )
 
 
