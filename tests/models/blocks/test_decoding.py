@@ -139,13 +139,13 @@ def test_the_youngest_gives_way_and_comes_back():
     old, young = (Sequence([1] * 7 + [n], 8, variant=None) for n in (1, 2))
     scheduler.add(old)
     scheduler.add(young)
-    assert scheduler.plan().chunk == (old, 8)
+    assert scheduler.plan().admitted == [old, young] and scheduler.chunks() == [(old, 8), (young, 8)]
     scheduler.advanced(old, 8)
     old.tokens.append(3)  # takes a third page, of which there is none
     assert scheduler.plan().decode == [old] and list(scheduler.waiting) == [young] and young.computed == 0
     scheduler.remove(old)
     plan = scheduler.plan()
-    assert plan.admitted == [young] and plan.chunk == (young, 8)
+    assert plan.admitted == [young] and scheduler.chunks() == [(young, 8)]
 
 
 def test_options_of_sampling():

@@ -13,7 +13,7 @@ from paddlemix import device
 from paddlemix.errors import PromptError, UserError
 
 from ..generation import GenerationConfig, TextStream
-from ..layers import count_parameters
+from ..layers import count_parameters, take_rows
 from .pages import PageTable
 from .sampling import Choice, Chooser
 from .scheduler import Scheduler, Sequence
@@ -78,6 +78,9 @@ class Loop:
         image_cache: bytes of features of pictures to keep for later.
         vision_adapters: attached adapters that are of the vision tower too.
         longest: most positions of a sequence; None for what the model's context and the cache allow.
+        budget: tokens of several prompts at once; None for ``chunk``.
+        at_once: compute pictures and prompts of all that came in before the next token of the others: more answers in all, and
+            longer pauses for each.
     """
 
     def __init__(
@@ -91,14 +94,16 @@ class Loop:
         image_cache=0,
         vision_adapters=(),
         longest=None,
+        budget=None,
+        at_once=False,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.table = PageTable(1 + -(-positions // page_size), page_size)
-        self.scheduler = Scheduler(self.table, max_seqs, chunk or chunk_size(model.language_model))
+        self.scheduler = Scheduler(self.table, max_seqs, chunk or chunk_size(model.language_model), budget)
         self.stepper = Stepper(model.language_model, self.table, model.language_model.embed(paddle.to_tensor([0])).dtype)
         self.tower = Tower(model, image_cache, vision_adapters)
         self.longest = min(longest or self.positions, model.config.llm_config.context_length, self.positions)
-        self._turn = 0
+        self._turn, self.at_once = 0, at_once
 
     @property
     def positions(self):
@@ -140,7 +145,7 @@ class Loop:
 
     def step(self):
         """One turn; a list of :class:`Event`."""
-        plan = self.scheduler.plan(self.tower.has)
+        plan = self.scheduler.plan()
         events = []
         for job in plan.admitted:
             try:
@@ -155,21 +160,31 @@ class Loop:
                 self.scheduler.advanced(job, 1)
             events += self._choose(plan.decode, logits)
         self._turn += 1
-        chunk = plan.chunk if plan.chunk and not plan.chunk[0].ended else None
-        if chunk is not None and not (self.tower.is_busy and self._turn % 2):
-            events += self._prefill(*chunk)
+        if self.at_once:
+            while self.tower.is_busy:
+                self.tower.slice()
+            while chunks := self.scheduler.chunks(self.tower.has):
+                events += self._prefill(chunks)
+        elif self.tower.is_busy and self._turn % 2:
+            self.tower.slice()
+        elif chunks := self.scheduler.chunks(self.tower.has):
+            events += self._prefill(chunks)
         elif self.tower.is_busy:
             self.tower.slice()
         return events
 
-    def _prefill(self, job, count):
-        features = self.tower.features(job, count)
-        logits = self.stepper.prefill(job, count, features)
-        self.scheduler.advanced(job, count)
-        if job.computed < len(job.tokens):
+    def _prefill(self, chunks):
+        logits = self.stepper.prefill([(job, count, self.tower.features(job, count)) for job, count in chunks])
+        done = []
+        for row, (job, count) in enumerate(chunks):
+            self.scheduler.advanced(job, count)
+            if job.computed == len(job.tokens):
+                self.tower.release(job)
+                done.append((row, job))
+        if not done:
             return []
-        self.tower.release(job)
-        return self._choose([job], logits)
+        rows, jobs = zip(*done)
+        return self._choose(jobs, logits if len(jobs) == len(chunks) else take_rows(logits, rows))
 
     def _choose(self, jobs, logits):
         """Append the next token to each job, and tell what came of it."""

@@ -1,9 +1,9 @@
 """What runs next: plain data and a pure decision, apart from the model.
 
 Each turn has two parts. All sequences that have answered at least one token advance by one token together. Then, so that
-long prompts hold up nobody, *one* further piece of work is done: a chunk of one prompt, or a slice of the vision tower. Chunks
-end at multiples of ``chunk`` positions, whoever else is there, so that a sequence is computed in the same pieces
-alone and in company.
+long prompts hold up nobody, *one* further piece of work is done: a chunk of a prompt with what fits beside it of others, or
+a slice of the vision tower. Chunks end at multiples of ``chunk`` positions, whoever else is there, so that a sequence is computed
+in the same pieces alone and in company.
 """
 
 from collections import deque
@@ -70,11 +70,9 @@ class Sequence:
 
 @dataclass
 class Plan:
-    """One turn: ``decode`` advance by a token each; ``chunk`` is (sequence, number of tokens) of a prompt, or None; the
-    pictures of ``admitted`` are needed soon."""
+    """One turn: ``decode`` advance by a token each; the pictures of ``admitted`` are needed soon."""
 
     decode: list
-    chunk: tuple | None
     admitted: list
 
 
@@ -85,10 +83,11 @@ class Scheduler:
         table: the :class:`~.pages.PageTable`.
         max_seqs: how many run at once.
         chunk: most tokens of a prompt at once, a multiple of the page size.
+        budget: most tokens of several prompts at once; None for ``chunk``.
     """
 
-    def __init__(self, table, max_seqs, chunk):
-        self.table, self.max_seqs, self.chunk = table, max_seqs, chunk
+    def __init__(self, table, max_seqs, chunk, budget=None):
+        self.table, self.max_seqs, self.chunk, self.budget = table, max_seqs, chunk, budget or chunk
         self.waiting, self.running = deque(), []  # both by age
         self._oldest_first = False
 
@@ -113,15 +112,14 @@ class Scheduler:
             for index in range(before // size, sequence.computed // size):
                 self.table.seal(sequence.pages[index], sequence.hash_of(index, size))
 
-    def plan(self, ready=lambda sequence: True):
-        """Decide the next turn; ``ready(sequence)`` tells whether the features of its pictures are there."""
+    def plan(self):
+        """Decide who advances in the next turn, and who comes in."""
         decode = []
         for sequence in list(self.running):
             if sequence in self.running and self._decodes(sequence) and self._grow(sequence):
                 decode.append(sequence)
         decode = [sequence for sequence in decode if sequence in self.running]  # growing may have cost another its place
-        admitted = self._admit()
-        return Plan(decode, self._next_chunk(ready), admitted)
+        return Plan(decode, self._admit())
 
     def _decodes(self, sequence):
         return len(sequence.tokens) - sequence.computed == 1
@@ -175,12 +173,31 @@ class Scheduler:
         sequence.cached = sequence.computed if not sequence.served else sequence.cached
         return True
 
-    def _next_chunk(self, ready):
-        """A chunk of the prompt with the least left to do and, every other time, of the oldest: nobody waits for ever."""
+    def chunks(self, ready=lambda sequence: True):
+        """What is computed next of prompts: (sequence, number of tokens) each; none where there is nothing to do.
+
+        First a chunk of the prompt with the least left to do and, every other time, of the oldest, so that nobody waits for
+        ever. Beside it others, as far as all of them, filled up to the longest, are within the budget.
+
+        Args:
+            ready: tells of a sequence whether the features of its pictures are there.
+        """
         able = [s for s in self.running if not self._decodes(s) and ready(s)]
         if not able:
-            return None
+            return []
         self._oldest_first = not self._oldest_first
-        sequence = able[0] if self._oldest_first else min(able, key=lambda s: len(s.tokens) - s.computed)
+        first = able[0] if self._oldest_first else min(able, key=lambda s: len(s.tokens) - s.computed)
+        found = [(first, self._chunk_of(first))]
+        width = found[0][1]
+        for sequence in able:
+            count = self._chunk_of(sequence)
+            if (len(found) + 1) * max(width, count) > self.budget or sequence is first:
+                continue
+            if 2 * min(width, count) >= max(width, count):  # more filling than work does not pay
+                found.append((sequence, count))
+                width = max(width, count)
+        return found
+
+    def _chunk_of(self, sequence):
         left = len(sequence.tokens) - sequence.computed
-        return sequence, min(left, self.chunk - sequence.computed % self.chunk)
+        return min(left, self.chunk - sequence.computed % self.chunk)

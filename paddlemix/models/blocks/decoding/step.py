@@ -114,32 +114,43 @@ class Stepper:
             return self.model.lm_head(hidden[:, -1])[: len(sequences)]
 
     @paddle.no_grad()
-    def prefill(self, sequence, count, features=None):
-        """Compute the next ``count`` tokens of a sequence.
+    def prefill(self, pieces):
+        """Compute the next tokens of some sequences.
 
         Args:
-            sequence: whose pages have room for them.
-            count: number of tokens.
-            features: (their places among these tokens, ``[R, D]``) for context tokens of pictures, or None.
+            pieces: (sequence, number of tokens, features) each. Its pages have room for them; features are (their places among
+                these tokens, ``[R, D]``) for context tokens of pictures, or None.
 
         Returns:
-            Logits ``[1, V]`` after the last of them.
+            Logits ``[len(pieces), V]`` after the last token of each.
         """
-        first, last = sequence.computed, sequence.computed + count
-        filled = -(-count // ROWS) * ROWS
-        ids, positions = np.zeros([1, filled], "int64"), np.zeros([1, filled], "int64")
-        ids[0, :count] = sequence.tokens[first:last]
-        positions[0, :count] = np.arange(first, last)
-        slots = np.zeros(last + filled - count, "int64")
-        slots[:last] = self._slots(sequence, 0, last)
-        lengths = np.maximum(positions + 1, sequence.prompt)
-        view = PagesView(self.cache, slots[first:], slots[None], lengths)
-        with routed([sequence.adapter], None):
-            embeds = self.model.embed(paddle.to_tensor(ids)).astype(self.dtype)
+        # What is computed already is filled up at the left, what is new at the right: rows that begin alike need no mask.
+        width = -(-max(count for _, count, _ in pieces) // ROWS) * ROWS
+        before = max(sequence.computed for sequence, _, _ in pieces)
+        rows = len(pieces)
+        ids, positions = np.zeros([rows, width], "int64"), np.zeros([rows, width], "int64")
+        seen, lengths = np.zeros([rows, before + width], "int64"), np.ones([rows, width], "int64")
+        places, values, starts, ends = [], [], [], []
+        for row, (sequence, count, features) in enumerate(pieces):
+            first, last = sequence.computed, sequence.computed + count
+            ids[row, :count] = sequence.tokens[first:last]
+            positions[row, :count] = np.arange(first, last)
+            seen[row, before - first : before + count] = self._slots(sequence, 0, last)
+            lengths[row] = np.maximum(positions[row] + 1, sequence.prompt)
+            starts.append(before - first)
+            ends.append(row * width + count - 1)
             if features is not None:
-                places, values = features
+                places.append(features[0] + row * width)
+                values.append(features[1])
+        view = PagesView(self.cache, seen[:, before:].reshape(-1), seen, lengths)
+        with routed([sequence.adapter for sequence, _, _ in pieces], None if rows == 1 else rows):
+            embeds = self.model.embed(paddle.to_tensor(ids)).astype(self.dtype)
+            if places:
                 flat = embeds.reshape([-1, embeds.shape[-1]])
-                flat = paddle.scatter(flat, paddle.to_tensor(places), values.astype(flat.dtype), overwrite=True)
+                values = paddle.concat(values) if len(values) > 1 else values[0]
+                places = paddle.to_tensor(np.concatenate(places))
+                flat = paddle.scatter(flat, places, values.astype(flat.dtype), overwrite=True)
                 embeds = flat.reshape(embeds.shape)
-            hidden = self.model(embeds, positions, AttentionMask(), view)
-            return self.model.lm_head(take_rows(hidden[0], [count - 1] * ROWS))[:1]
+            hidden = self.model(embeds, positions, AttentionMask(starts), view)
+            ends += ends[-1:] * (-rows % ROWS)
+            return self.model.lm_head(take_rows(hidden.reshape([-1, hidden.shape[-1]]), ends))[:rows]
