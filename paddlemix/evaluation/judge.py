@@ -143,6 +143,12 @@ class Server:
             content += [{"type": "text", "text": text}] if text else []
         return question, content, prompt
 
+    def answers(self, task, items):
+        """As :meth:`~.runner.LocalModel.answers`."""
+        from .runner import in_groups
+
+        return in_groups(self, task, items)
+
     def answer(self, task, items):
         """As :meth:`~.runner.LocalModel.answer`."""
         from concurrent.futures import ThreadPoolExecutor

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def tiles(question, task, config, dynamic, max_num):
-    """The tiles of a question's pictures, and its prompt.
+    """The tiles of a question's pictures.
 
     Args:
         question: a :class:`~.rows.Question`.
@@ -16,7 +16,7 @@ def tiles(question, task, config, dynamic, max_num):
         max_num: most tiles of a picture.
 
     Returns:
-        (pixel_values float32 ``[T, 3, H, W]`` or None, tiles of each picture, prompt).
+        (pixel_values float32 ``[T, 3, H, W]`` or None, tiles of each picture, what is put before the question).
 
     Raises:
         ImageError, VideoError: a picture cannot be read.
@@ -27,7 +27,7 @@ def tiles(question, task, config, dynamic, max_num):
 
     pictures = frames(question) if question.clip else [open_image(source) for source in question.pictures]
     if not pictures:
-        return None, [], question.prompt
+        return None, [], ""
     most = {"shared": max_num // len(pictures), "pages": min(max_num, 64 // len(pictures)), "frames": 1}.get(
         task.tiling, max_num
     )
@@ -44,10 +44,9 @@ def tiles(question, task, config, dynamic, max_num):
         parts.append(to_pixels(dynamic_preprocess(picture, 1, limit, size, config.use_thumbnail)))
     counts = [len(part) for part in parts]
     total = sum(counts)
-    prompt = question.prompt
-    if (task.marks == "several" and len(counts) > 1) or (task.marks == "tiles" and total > 1):
-        prompt = "".join(f"Image-{i + 1}: <image>\n" for i in range(len(counts))) + prompt
-    return np.concatenate(parts), [total] if task.tiling == "mmmu" else counts, prompt
+    marked = (task.marks == "several" and len(counts) > 1) or (task.marks == "tiles" and total > 1)
+    marks = "".join(f"Image-{i + 1}: <image>\n" for i in range(len(counts))) if marked else ""
+    return np.concatenate(parts), [total] if task.tiling == "mmmu" else counts, marks
 
 
 def frames(question, count=16):

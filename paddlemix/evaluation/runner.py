@@ -4,15 +4,17 @@ Processes pull work: each gets the next batch when it has answered one, so that 
 answered exactly once. Only the first process writes.
 """
 
+import contextlib
 import hashlib
 import os
 import random
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
-from paddlemix.errors import ConfigError, UserError
+from paddlemix.errors import ConfigError, DataError, UserError
 from paddlemix.files import read_json
 
 from .answers import RunFolder, write_json
@@ -21,6 +23,9 @@ from .loaders import load
 from .media import tiles
 from .scorers.open_answers import final_answer
 from .tasks import COT, COT_TOKENS, score
+
+
+MOST = 32  # questions at once, by default
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,14 @@ class LocalModel:
     def __init__(self, model, tokenizer, settings):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
+        self._read = OrderedDict()  # tiles of the last pictures: other questions are often about the same
+
     @classmethod
     def load(cls, settings, device=None):
         """Load what ``settings`` name."""
         from paddlemix import device as devices
         from paddlemix.checkpoints.hub import resolve
+        from paddlemix.models.blocks.many import suit_threads
         from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
 
         devices.set_device(device or settings.device)
@@ -92,29 +100,102 @@ class LocalModel:
 
             model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype)
             return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
-        return cls(InternVLChatModel.from_pretrained(directory, dtype=settings.dtype), load_tokenizer(directory), settings)
+        model = InternVLChatModel.from_pretrained(directory, dtype=settings.dtype)
+        suit_threads(model)
+        return cls(model, load_tokenizer(directory), settings)
 
     def batch_size(self, task):
-        """Questions at once: what a quarter of the free memory holds, 32 at most."""
+        """Questions at once: what the memory for them holds, ``MOST`` at most."""
         if self.settings.batch_size:
             return self.settings.batch_size
-        config = self.model.config.llm_config
-        tokens = (self.settings.max_num or task.max_num) if self.settings.dynamic else 1
-        positions = (tokens + 1) * self.model.config.num_image_token + 256 + task.max_new_tokens
-        bytes_each = positions * config.num_hidden_layers * config.hidden_size * 4 * 2
-        return max(1, min(32, _free_memory() // 4 // max(bytes_each, 1)))
+        from paddlemix.models.blocks.many import room_for
+
+        config, pictures = self.model.config, (self.settings.max_num or task.max_num) if self.settings.dynamic else 1
+        positions = (pictures + 1) * config.num_image_token + 256 + min(self._most(task), 1024)
+        return min(MOST, room_for(self.model, positions, self._memory()))
+
+    def _memory(self):
+        """Bytes for keys and values: a quarter of what is free, shared with the other processes."""
+        return _free_memory() // 4 // self.settings.processes
+
+    def _most(self, task):
+        return COT_TOKENS if self.settings.cot else task.max_new_tokens
 
     def encode(self, task, question):
         """(question, pixels, counts, prompt), or (question, error)."""
         try:
             if question.error:
                 return question, question.error
-            pixels, counts, prompt = tiles(
-                question, task, self.model.config, self.settings.dynamic, self.settings.max_num or task.max_num
-            )
-            return question, pixels, counts, COT.format(prompt) if self.settings.cot else prompt
+            settings = self.settings
+            key = (question.pictures, str(question.clip)) if question.pictures else None
+            found = self._read.get(key)
+            if found is None:
+                found = tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num)
+                if key is not None:
+                    self._read[key] = found
+                    while len(self._read) > 8:
+                        self._read.popitem(last=False)
+            pixels, counts, marks = found
+            prompt = marks + question.prompt
+            return question, pixels, counts, COT.format(prompt) if settings.cot else prompt
         except UserError as error:
             return question, str(error)
+
+    def answers(self, task, items):
+        """Answers to any number of questions, with as many under way as :meth:`batch_size` says.
+
+        Args:
+            task: the benchmark.
+            items: an iterator of (key, what :meth:`encode` made).
+
+        Yields:
+            As answers come, lists of (key, a dictionary with ``question`` and ``answer``, or ``error``).
+        """
+        if not self.model.decodes_in_pages or self.settings.num_beams > 1 or type(self) is not LocalModel:
+            yield from in_groups(self, task, items)
+            return
+        from paddlemix.models.blocks.chat import end_of_answer, prompt_and_pictures
+        from paddlemix.models.blocks.many import answer_many
+
+        model, tokenizer, prompts = self.model, self.tokenizer, {}
+        model.set_tokenizer(tokenizer)
+        template = model.template().with_system_message(model.system_message)
+        config = end_of_answer(self._generation(task), template, tokenizer, model)
+
+        def asked():
+            for stream, (key, item) in enumerate(items):
+                prompts[key] = item[-1] if len(item) > 2 else item[0].prompt
+                try:
+                    if len(item) == 2:
+                        raise DataError(item[1])
+                    _, pixels, counts, prompt = item
+                    ids, pictures = prompt_and_pictures(model, tokenizer, template, prompt, pixels, counts)
+                    yield key, ids, pictures, key if isinstance(key, int) else stream
+                except UserError as error:
+                    yield key, error
+
+        for ended in answer_many(model, tokenizer, asked(), config, template, self.batch_size(task), self._memory()):
+            results = []
+            for answer in ended:
+                if answer.error is not None:
+                    result = {"question": prompts.pop(answer.key), "answer": "", "error": str(answer.error)}
+                else:
+                    result = self._result(prompts.pop(answer.key), answer.text, answer.reason == "length")
+                results.append((answer.key, result))
+            yield results
+
+    def _generation(self, task):
+        config = {"max_new_tokens": self._most(task), "min_new_tokens": task.min_new_tokens}
+        config["num_beams"] = self.settings.num_beams
+        if self.settings.temperature > 0:
+            config |= {"do_sample": True, "temperature": self.settings.temperature, "seed": self.settings.seed}
+        return config
+
+    def _result(self, prompt, answer, cut):
+        result = {"question": prompt, "answer": answer}
+        if self.settings.cot:
+            result |= {"answer": final_answer(answer).strip(), "output": answer}
+        return result | {"cut": True} if cut else result
 
     def answer(self, task, items):
         """Answers to encoded questions: a dictionary for each, with ``answer`` or ``error``."""
@@ -129,27 +210,15 @@ class LocalModel:
 
         pixels = [pixels for pixels, _, _ in items if pixels is not None]
         prompts = [prompt for _, _, prompt in items]
-        most = COT_TOKENS if self.settings.cot else task.max_new_tokens
-        config = {"max_new_tokens": most, "min_new_tokens": task.min_new_tokens, "num_beams": self.settings.num_beams}
-        if self.settings.temperature > 0:
-            config |= {"do_sample": True, "temperature": self.settings.temperature, "seed": self.settings.seed}
+        pixels, counts = np.concatenate(pixels) if pixels else None, [counts for _, counts, _ in items]
         try:
-            answers = self.model.batch_chat(
-                self.tokenizer, np.concatenate(pixels) if pixels else None, prompts, config, [counts for _, counts, _ in items]
-            )
+            answers = self.model.batch_chat(self.tokenizer, pixels, prompts, self._generation(task), counts)
         except UserError as error:
             if len(items) == 1:
                 return [{"question": prompts[0], "answer": "", "error": str(error)}]
             return [result for item in items for result in self._answer(task, [item])]
-        results = []
-        for prompt, answer in zip(prompts, answers):
-            result = {"question": prompt, "answer": answer}
-            if self.settings.cot:
-                result |= {"answer": final_answer(answer).strip(), "output": answer}
-            if len(self.tokenizer.encode(answer)) >= most:
-                result["cut"] = True
-            results.append(result)
-        return results
+        most = self._most(task)
+        return [self._result(p, a, len(self.tokenizer.encode(a)) >= most) for p, a in zip(prompts, answers)]
 
 
 class LlavaModel(LocalModel):
@@ -180,25 +249,52 @@ def _free_memory():
 
 
 def batches(questions, done, size):
-    """Lists of (index, question) not yet answered: those with most to read first."""
-    left = [(i, question) for i, question in enumerate(questions) if i not in done]
-    left.sort(key=lambda item: (-len(item[1].pictures), -len(item[1].prompt), item[0]))
+    """Lists of (index, question) not yet answered: those with most to read first, those of the same pictures together."""
+    left, longest = [(i, question) for i, question in enumerate(questions) if i not in done], {}
+    for _, question in left:
+        longest[question.pictures] = max(longest.get(question.pictures, 0), len(question.prompt))
+    firsts = {pictures: number for number, pictures in enumerate(longest)}
+
+    def order(item):
+        index, question = item
+        pictures = question.pictures
+        return -len(pictures), *((-longest[pictures], firsts[pictures]) if pictures else ()), -len(question.prompt), index
+
+    left.sort(key=order)
     return [left[at : at + size] for at in range(0, len(left), size)]
 
 
+def in_groups(model, task, items):
+    """What :meth:`LocalModel.answers` yields, by ``model.answer`` for one batch after the other."""
+    while group := list(islice(items, model.batch_size(task))):
+        yield list(zip([key for key, _ in group], model.answer(task, [item for _, item in group])))
+
+
 def ask(model, task, work, write):
-    """Answer all batches of ``work`` in this process; ``write`` is called with the rows of each."""
+    """Answer all batches of ``work`` in this process; ``write`` is called with the rows of answers as they come.
+
+    Args:
+        model: a :class:`LocalModel`, or what has its methods.
+        task: the benchmark.
+        work: an iterable of lists of (index, question); the next is asked for while earlier ones are being answered.
+        write: takes a list of rows.
+    """
+    asked = {}
+
+    def items():
+        waiting, ahead = deque(), 2 * model.batch_size(task)
+        for index, question in chain.from_iterable(work):
+            asked[index] = question
+            waiting.append((index, pool.submit(model.encode, task, question)))
+            if len(waiting) > ahead:
+                index, item = waiting.popleft()
+                yield index, item.result()
+        for index, item in waiting:
+            yield index, item.result()
+
     with ThreadPoolExecutor(2) as pool:
-        waiting = deque()
-        pending = iter(work)
-        while True:
-            while len(waiting) < 2 and (batch := next(pending, None)) is not None:
-                waiting.append((batch, [pool.submit(model.encode, task, question) for _, question in batch]))
-            if not waiting:
-                return
-            batch, items = waiting.popleft()
-            results = model.answer(task, [item.result() for item in items])
-            write([row(index, question, result) for (index, question), result in zip(batch, results)])
+        for results in model.answers(task, items()):
+            write([row(index, asked.pop(index), result) for index, result in results])
 
 
 def row(index, question, result):
@@ -211,11 +307,15 @@ def _worker(connection, task, settings, device):
     try:
         model = LocalModel.load(settings, device)
         found = prepare(task, settings)
-        connection.send(("ready", None))
-        while (indices := connection.recv()) is not None:
-            rows = []
-            ask(model, task, [[(i, found[i]) for i in indices]], rows.extend)
-            connection.send(("rows", rows))
+
+        def work():
+            connection.send(("more", None))
+            while (indices := connection.recv()) is not None:
+                yield [(i, found[i]) for i in indices]
+                connection.send(("more", None))
+
+        ask(model, task, work(), lambda rows: connection.send(("rows", rows)))
+        connection.send(("done", None))
     except (UserError, OSError) as error:
         connection.send(("error", str(error)))
     except EOFError:
@@ -228,7 +328,7 @@ def _ask_with_processes(task, settings, work, write):
     from multiprocessing.connection import wait
 
     context = multiprocessing.get_context("spawn")
-    work, busy, problem = deque(work), {}, None
+    work, busy, problem = deque(work), defaultdict(dict), None  # what each process has not answered yet, by index
     workers = {}
     for _ in range(settings.processes):
         ours, theirs = context.Pipe()
@@ -245,18 +345,20 @@ def _ask_with_processes(task, settings, work, write):
                     kind, value = "error", "a process ended on its own: see its messages"
                 if kind == "error":  # its work is done by the others
                     problem = value
-                    work.extendleft([busy.pop(connection)] if connection in busy else [])
+                    left = busy.pop(connection, None)
+                    work.extendleft([list(left.items())] if left else [])
                     workers.pop(connection)
-                    continue
-                busy.pop(connection, None)
-                if kind == "rows":
+                elif kind == "rows":
+                    for answered in value:
+                        busy[connection].pop(answered["index"], None)
                     write(value)
-                if work:
-                    busy[connection] = work.popleft()
-                    connection.send([index for index, _ in busy[connection]])
-                else:
-                    connection.send(None)
+                elif kind == "done":
                     workers.pop(connection).join()
+                else:
+                    batch = work.popleft() if work else []
+                    busy[connection].update(batch)
+                    with contextlib.suppress(OSError):  # it has just died, and says so in the next turn
+                        connection.send([index for index, _ in batch] or None)
     finally:
         for process in workers.values():
             process.terminate()

@@ -13,10 +13,11 @@ from paddlemix.errors import PromptError
 
 from . import thinking
 from .conversation import IMAGE_PLACEHOLDER
-from .decoding.loop import Loop, positions_for
+from .decoding.loop import bytes_per_position, positions_for
 from .decoding.scheduler import Picture
 from .generation import GenerationConfig, TextStream, generate_tokens, new_cache
 from .inputs import host_list, split_pictures
+from .many import answer_many
 
 
 class ChatSession:
@@ -276,21 +277,20 @@ def batch_chat(
 
 def _answers_in_pages(model, tokenizer, pixel_values, prompts, counts, config, template):
     """Answers of rows that each have their own length, a list of one for each row."""
-    room = positions_for(len(prompt) + config.max_new_tokens for prompt in prompts)
-    loop = Loop(model, tokenizer, room, max_seqs=len(prompts))
     pictures = iter(digested(pixel_values, [n for row in counts for n in row]))
-    jobs = []
-    for row, (prompt, tiles) in enumerate(zip(prompts, counts)):
-        own = place_pictures(prompt, model, [next(pictures) for _ in tiles])
-        jobs.append(loop.make_job(prompt, config, own, stream=row, cuts=template.cuts_at_stop))
-        loop.add(jobs[-1])
-    answers = dict.fromkeys(jobs, "")
-    while loop.is_busy:
-        for event in loop.step():
-            if event.error is not None:
-                raise event.error
-            answers[event.job] += event.piece
-    return [[answer] for answer in answers.values()]
+    asked = [
+        (row, prompt, place_pictures(prompt, model, [next(pictures) for _ in tiles]), row)
+        for row, (prompt, tiles) in enumerate(zip(prompts, counts))
+    ]
+    asked.sort(key=lambda item: -len(item[1]))  # the first decides how much room there is
+    memory = positions_for(len(prompt) + config.max_new_tokens for prompt in prompts) * bytes_per_position(model)
+    answers = [None] * len(prompts)
+    for ended in answer_many(model, tokenizer, asked, config, template, len(prompts), memory):
+        for answer in ended:
+            if answer.error is not None:
+                raise answer.error
+            answers[answer.key] = [answer.text]
+    return answers
 
 
 def _answers_of_rows(model, tokenizer, pixel_values, prompts, counts, config, template, features=None):
@@ -345,6 +345,30 @@ def _beam_answers(tokenizer, ids, config, template):
         stream = TextStream(tokenizer, config.stop_strings, template.cuts_at_stop)
         answers.append(("".join([stream.put(token) for token in row[:end]] + [stream.close()]), row[:end]))
     return answers
+
+
+def prompt_and_pictures(model, tokenizer, template, question, pixel_values, counts):
+    """What :func:`~.many.answer_many` takes of one question in a first round.
+
+    Args:
+        model: whose tokenizer is set.
+        tokenizer: the model's.
+        template: of the prompt.
+        question: text; without ``<image>`` marks one is put in front where there are pictures.
+        pixel_values: ``[T, 3, height, width]`` of all pictures, an array, or None.
+        counts: tiles of each picture.
+
+    Returns:
+        (ids of the prompt, list of :class:`~.decoding.scheduler.Picture`).
+
+    Raises:
+        PromptError: as :meth:`ChatSession.stream`.
+    """
+    pixel_values, counts = split_pictures(pixel_values, counts)
+    question = _mark_picture(question, (), counts)
+    tokens = [tiles * model.config.num_image_token for tiles in counts]
+    ids = model.prompt_ids(tokenizer, template, [(question, None)], tokens)
+    return ids, place_pictures(ids, model, digested(pixel_values, counts))
 
 
 def digested(pixel_values, counts):

@@ -94,7 +94,9 @@ def fuse(model, dtype):
     language.model.norm = _Norm(language.model.norm)
     language.cache_dtype = dtype  # attention rounds keys and values to it anyway
     model.packed, model.source = True, None  # who knows where the weights came from says so again
-    model.vision_batch = 1  # a tile's activations fit the cache; more at a time only cost memory
+    # A large tile's activations fit the cache, and more at a time only cost memory; small ones are not worth a call each.
+    tokens = (model.config.image_size // embeddings.patch_embedding.patch) ** 2
+    model.vision_batch = max(1, 1024 // tokens)
     model.eval()
 
 

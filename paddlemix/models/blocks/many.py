@@ -1,0 +1,97 @@
+"""Answers to any number of prompts, as many at once as there is room for: who is done makes room for the next."""
+
+import math
+
+from paddlemix.errors import PromptError
+from paddlemix.kernels import cpu as kernels
+
+from .decoding.loop import Loop, bytes_per_position, chunk_size, positions_for
+from .layers import count_parameters
+
+__all__ = ["Answer", "answer_many", "room_for", "suit_threads"]
+
+_SMALL = 20_000_000  # parameters, below which a call has less work than it takes to wake a second thread
+_PICTURES = 256 << 20  # bytes of features that wait for another question about the same picture
+
+
+class Answer:
+    """What became of a prompt: its ``key``, the ``text``, the ``reason`` of its end (``stop``, ``length`` or ``error``), and in
+    the last case the ``error``."""
+
+    __slots__ = ("error", "key", "reason", "text")
+
+    def __init__(self, key, text, reason, error=None):
+        self.key, self.text, self.reason, self.error = key, text, reason, error
+
+
+def suit_threads(model):
+    """Let the kernels use one thread where more only wait for each other."""
+    if count_parameters(model.language_model) < _SMALL:
+        kernels.set_num_threads(1)
+
+
+def room_for(model, positions, memory):
+    """How many sequences of so many positions fit into so many bytes of cache, at least 1."""
+    return max(1, memory // max(1, positions * bytes_per_position(model)))
+
+
+def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None):
+    """Answer prompts as they come.
+
+    Args:
+        model: whose ``decodes_in_pages``, with its tokenizer set.
+        tokenizer: the model's.
+        asked: an iterator of (key, ids, pictures, stream): ``pictures`` as :func:`~.chat.place_pictures` returns them,
+            ``stream`` which of several answers with one seed this is. It is asked for more when there is room for more; one that
+            cannot be answered is (key, an error).
+        config: a :class:`~.generation.GenerationConfig` with the end of an answer.
+        template: of the prompts.
+        max_seqs: how many are answered at once.
+        memory: bytes that keys and values may take, if one prompt alone does not take more; None for what ``max_seqs`` prompts
+            as long as the first take.
+
+    Yields:
+        After each turn that answered some, a list of :class:`Answer`.
+    """
+    asked, held, loop, keys, texts = iter(asked), None, None, {}, {}
+    group = max(1, max_seqs // 4)  # prompts are computed together, not as each place becomes free
+    while True:
+        ended = []
+        if len(keys) <= max_seqs - group:
+            while len(keys) < max_seqs and (item := held or next(asked, None)) is not None:
+                held = None
+                if len(item) == 2:
+                    ended.append(Answer(item[0], "", "error", item[1]))
+                    continue
+                key, ids, pictures, stream = item
+                longest = min(len(ids) + config.max_new_tokens, model.config.llm_config.context_length)
+                if loop is None or longest > loop.positions:
+                    if keys:  # they end in the cache that they began in
+                        held = item
+                        break
+                    loop = _loop(model, tokenizer, longest, max_seqs, memory)
+                try:
+                    job = loop.make_job(ids, config, pictures, stream=stream, cuts=template.cuts_at_stop)
+                except PromptError as error:
+                    ended.append(Answer(key, "", "error", error))
+                    continue
+                loop.add(job)
+                keys[job], texts[job] = key, ""
+        for event in loop.step() if keys else ():
+            texts[event.job] += event.piece
+            if event.reason:
+                ended.append(Answer(keys.pop(event.job), texts.pop(event.job), event.reason, event.error))
+        if ended:
+            yield ended
+        elif not keys:
+            return
+
+
+def _loop(model, tokenizer, longest, max_seqs, memory):
+    each = positions_for([longest])
+    positions = each * max_seqs
+    if memory is not None:
+        positions = max(each, min(positions, memory // bytes_per_position(model)))
+    chunk = chunk_size(model.language_model)
+    budget = chunk * max(1, math.ceil(max_seqs / 8)) if chunk > 64 else chunk
+    return Loop(model, tokenizer, positions, max_seqs, chunk=chunk, image_cache=_PICTURES, budget=budget, at_once=True)
