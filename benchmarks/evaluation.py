@@ -44,7 +44,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--model", default=str(cli.DEMO_MODEL), help="a checkpoint (default: the demo model)")
-    parser.add_argument("--repeat", type=int, default=2, help="times that both ways run; the best counts (default: %(default)s)")
+    parser.add_argument(
+        "--repeat", type=int, default=2, help="times that both ways run; the best counts (%(default)s)"
+    )
     parser.add_argument("--save", action="store_true", help="write results/DATE-evaluation.md")
     options = parser.parse_args()
     others = machine.OtherWork()

@@ -100,7 +100,7 @@ def review(task, rows, directory, url, model, pause=1.0):
 
 
 class Server:
-    """A server that answers in place of a local model: the same methods as :class:`~.runner.LocalModel`.
+    """A server that answers in place of a local model: the same methods as :class:`~.local.LocalModel`.
 
     Args:
         url, model: of an OpenAI-compatible server; tiling is its own.
@@ -144,13 +144,13 @@ class Server:
         return question, content, prompt
 
     def answers(self, task, items):
-        """As :meth:`~.runner.LocalModel.answers`."""
-        from .runner import in_groups
+        """As :meth:`~.local.LocalModel.answers`."""
+        from .local import in_groups
 
         return in_groups(self, task, items)
 
     def answer(self, task, items):
-        """As :meth:`~.runner.LocalModel.answer`."""
+        """As :meth:`~.local.LocalModel.answer`."""
         from concurrent.futures import ThreadPoolExecutor
 
         from .scorers.open_answers import final_answer

@@ -8,24 +8,19 @@ import contextlib
 import hashlib
 import os
 import random
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
-from paddlemix.errors import ConfigError, DataError, UserError
-from paddlemix.files import read_json
+from paddlemix.errors import ConfigError, UserError
 
 from .answers import RunFolder, write_json
 from .intervals import interval
 from .loaders import load
-from .media import tiles
-from .scorers.open_answers import final_answer
-from .tasks import COT, COT_TOKENS, score
-
-
-MOST = 32  # questions at once, by default
+from .local import LocalModel
+from .tasks import score
 
 
 @dataclass(frozen=True)
@@ -72,182 +67,6 @@ def model_digest(directory):
     return digest.hexdigest()
 
 
-class LocalModel:
-    """A checkpoint that answers batches.
-
-    Args:
-        model, tokenizer: loaded.
-        settings: a :class:`Settings`.
-    """
-
-    def __init__(self, model, tokenizer, settings):
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
-
-        self._read = OrderedDict()  # tiles of the last pictures: other questions are often about the same
-
-    @classmethod
-    def load(cls, settings, device=None):
-        """Load what ``settings`` name."""
-        from paddlemix import device as devices
-        from paddlemix.checkpoints.hub import resolve
-        from paddlemix.models.blocks.many import suit_threads
-        from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
-
-        devices.set_device(device or settings.device)
-        directory = resolve(settings.model)
-        if str(read_json(Path(directory) / "config.json").get("model_type")).startswith("llava"):
-            from paddlemix.models import internvl_llava
-
-            model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype)
-            return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
-        model = InternVLChatModel.from_pretrained(directory, dtype=settings.dtype)
-        suit_threads(model)
-        return cls(model, load_tokenizer(directory), settings)
-
-    def batch_size(self, task):
-        """Questions at once: what the memory for them holds, ``MOST`` at most."""
-        if self.settings.batch_size:
-            return self.settings.batch_size
-        from paddlemix.models.blocks.many import room_for
-
-        config, pictures = self.model.config, (self.settings.max_num or task.max_num) if self.settings.dynamic else 1
-        positions = (pictures + 1) * config.num_image_token + 256 + min(self._most(task), 1024)
-        return min(MOST, room_for(self.model, positions, self._memory()))
-
-    def _memory(self):
-        """Bytes for keys and values: a quarter of what is free, shared with the other processes."""
-        return _free_memory() // 4 // self.settings.processes
-
-    def _most(self, task):
-        return COT_TOKENS if self.settings.cot else task.max_new_tokens
-
-    def encode(self, task, question):
-        """(question, pixels, counts, prompt), or (question, error)."""
-        try:
-            if question.error:
-                return question, question.error
-            settings = self.settings
-            key = (question.pictures, str(question.clip)) if question.pictures else None
-            found = self._read.get(key)
-            if found is None:
-                found = tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num)
-                if key is not None:
-                    self._read[key] = found
-                    while len(self._read) > 8:
-                        self._read.popitem(last=False)
-            pixels, counts, marks = found
-            prompt = marks + question.prompt
-            return question, pixels, counts, COT.format(prompt) if settings.cot else prompt
-        except UserError as error:
-            return question, str(error)
-
-    def answers(self, task, items):
-        """Answers to any number of questions, with as many under way as :meth:`batch_size` says.
-
-        Args:
-            task: the benchmark.
-            items: an iterator of (key, what :meth:`encode` made).
-
-        Yields:
-            As answers come, lists of (key, a dictionary with ``question`` and ``answer``, or ``error``).
-        """
-        if not self.model.decodes_in_pages or self.settings.num_beams > 1 or type(self) is not LocalModel:
-            yield from in_groups(self, task, items)
-            return
-        from paddlemix.models.blocks.chat import end_of_answer, prompt_and_pictures
-        from paddlemix.models.blocks.many import answer_many
-
-        model, tokenizer, prompts = self.model, self.tokenizer, {}
-        model.set_tokenizer(tokenizer)
-        template = model.template().with_system_message(model.system_message)
-        config = end_of_answer(self._generation(task), template, tokenizer, model)
-
-        def asked():
-            for stream, (key, item) in enumerate(items):
-                prompts[key] = item[-1] if len(item) > 2 else item[0].prompt
-                try:
-                    if len(item) == 2:
-                        raise DataError(item[1])
-                    _, pixels, counts, prompt = item
-                    ids, pictures = prompt_and_pictures(model, tokenizer, template, prompt, pixels, counts)
-                    yield key, ids, pictures, key if isinstance(key, int) else stream
-                except UserError as error:
-                    yield key, error
-
-        for ended in answer_many(model, tokenizer, asked(), config, template, self.batch_size(task), self._memory()):
-            results = []
-            for answer in ended:
-                if answer.error is not None:
-                    result = {"question": prompts.pop(answer.key), "answer": "", "error": str(answer.error)}
-                else:
-                    result = self._result(prompts.pop(answer.key), answer.text, answer.reason == "length")
-                results.append((answer.key, result))
-            yield results
-
-    def _generation(self, task):
-        config = {"max_new_tokens": self._most(task), "min_new_tokens": task.min_new_tokens}
-        config["num_beams"] = self.settings.num_beams
-        if self.settings.temperature > 0:
-            config |= {"do_sample": True, "temperature": self.settings.temperature, "seed": self.settings.seed}
-        return config
-
-    def _result(self, prompt, answer, cut):
-        result = {"question": prompt, "answer": answer}
-        if self.settings.cot:
-            result |= {"answer": final_answer(answer).strip(), "output": answer}
-        return result | {"cut": True} if cut else result
-
-    def answer(self, task, items):
-        """Answers to encoded questions: a dictionary for each, with ``answer`` or ``error``."""
-        results = [{"question": item[0].prompt, "answer": "", "error": item[1]} if len(item) == 2 else None for item in items]
-        good = [i for i, result in enumerate(results) if result is None]
-        for i, result in zip(good, self._answer(task, [items[i][1:] for i in good]) if good else []):
-            results[i] = result
-        return results
-
-    def _answer(self, task, items):
-        import numpy as np
-
-        pixels = [pixels for pixels, _, _ in items if pixels is not None]
-        prompts = [prompt for _, _, prompt in items]
-        pixels, counts = np.concatenate(pixels) if pixels else None, [counts for _, counts, _ in items]
-        try:
-            answers = self.model.batch_chat(self.tokenizer, pixels, prompts, self._generation(task), counts)
-        except UserError as error:
-            if len(items) == 1:
-                return [{"question": prompts[0], "answer": "", "error": str(error)}]
-            return [result for item in items for result in self._answer(task, [item])]
-        most = self._most(task)
-        return [self._result(p, a, len(self.tokenizer.encode(a)) >= most) for p, a in zip(prompts, answers)]
-
-
-class LlavaModel(LocalModel):
-    """An InternVL-Chat-LLaVA checkpoint, whose pictures are one square each."""
-
-    def encode(self, task, question):
-        """(question, pixels, counts, prompt), or (question, error)."""
-        from paddlemix.processors.clip import process_images
-
-        config = self.model.config
-        pad = question.record.get("pad")
-        aspect = config.image_aspect_ratio if pad is None else "pad" if pad else "square"
-        try:
-            if question.error:
-                return question, question.error
-            pixels = process_images(list(question.pictures), config.image_size, aspect) if question.pictures else None
-            return question, pixels, [1] * len(question.pictures), question.prompt
-        except UserError as error:
-            return question, str(error)
-
-
-def _free_memory():
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return 4 << 30
-
-
 def batches(questions, done, size):
     """Lists of (index, question) not yet answered: those with most to read first, those of the same pictures together."""
     left, longest = [(i, question) for i, question in enumerate(questions) if i not in done], {}
@@ -262,12 +81,6 @@ def batches(questions, done, size):
 
     left.sort(key=order)
     return [left[at : at + size] for at in range(0, len(left), size)]
-
-
-def in_groups(model, task, items):
-    """What :meth:`LocalModel.answers` yields, by ``model.answer`` for one batch after the other."""
-    while group := list(islice(items, model.batch_size(task))):
-        yield list(zip([key for key, _ in group], model.answer(task, [item for _, item in group])))
 
 
 def ask(model, task, work, write):
@@ -303,8 +116,12 @@ def row(index, question, result):
 
 
 def _worker(connection, task, settings, device):
+    """A process that asks for questions through ``connection`` and sends rows of answers back."""
     os.environ.setdefault("GLOG_minloglevel", "2")
+    from paddlemix.kernels import cpu as kernels
+
     try:
+        kernels.set_num_threads(max(1, kernels.num_threads() // settings.processes))
         model = LocalModel.load(settings, device)
         found = prepare(task, settings)
 

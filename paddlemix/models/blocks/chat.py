@@ -347,7 +347,7 @@ def _beam_answers(tokenizer, ids, config, template):
     return answers
 
 
-def prompt_and_pictures(model, tokenizer, template, question, pixel_values, counts):
+def prompt_and_pictures(model, tokenizer, template, question, pictures):
     """What :func:`~.many.answer_many` takes of one question in a first round.
 
     Args:
@@ -355,8 +355,7 @@ def prompt_and_pictures(model, tokenizer, template, question, pixel_values, coun
         tokenizer: the model's.
         template: of the prompt.
         question: text; without ``<image>`` marks one is put in front where there are pictures.
-        pixel_values: ``[T, 3, height, width]`` of all pictures, an array, or None.
-        counts: tiles of each picture.
+        pictures: what :func:`digested` returns of its pictures.
 
     Returns:
         (ids of the prompt, list of :class:`~.decoding.scheduler.Picture`).
@@ -364,11 +363,9 @@ def prompt_and_pictures(model, tokenizer, template, question, pixel_values, coun
     Raises:
         PromptError: as :meth:`ChatSession.stream`.
     """
-    pixel_values, counts = split_pictures(pixel_values, counts)
-    question = _mark_picture(question, (), counts)
-    tokens = [tiles * model.config.num_image_token for tiles in counts]
-    ids = model.prompt_ids(tokenizer, template, [(question, None)], tokens)
-    return ids, place_pictures(ids, model, digested(pixel_values, counts))
+    tokens = [len(tiles) * model.config.num_image_token for _, tiles in pictures]
+    ids = model.prompt_ids(tokenizer, template, [(_mark_picture(question, (), tokens), None)], tokens)
+    return ids, place_pictures(ids, model, pictures)
 
 
 def digested(pixel_values, counts):

@@ -42,8 +42,8 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
         model: whose ``decodes_in_pages``, with its tokenizer set.
         tokenizer: the model's.
         asked: an iterator of (key, ids, pictures, stream): ``pictures`` as :func:`~.chat.place_pictures` returns them,
-            ``stream`` which of several answers with one seed this is. It is asked for more when there is room for more; one that
-            cannot be answered is (key, an error).
+            ``stream`` which of several answers with one seed this is. More are drawn when there is room for more; what cannot
+            be answered is (key, an error).
         config: a :class:`~.generation.GenerationConfig` with the end of an answer.
         template: of the prompts.
         max_seqs: how many are answered at once.

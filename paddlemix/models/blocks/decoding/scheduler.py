@@ -2,8 +2,8 @@
 
 Each turn has two parts. All sequences that have answered at least one token advance by one token together. Then, so that
 long prompts hold up nobody, *one* further piece of work is done: a chunk of a prompt with what fits beside it of others, or
-a slice of the vision tower. Chunks end at multiples of ``chunk`` positions, whoever else is there, so that a sequence is computed
-in the same pieces alone and in company.
+a slice of the vision tower. Chunks end at multiples of ``chunk`` positions, whoever else is there, so that a sequence is
+computed in the same pieces alone and in company.
 """
 
 from collections import deque
