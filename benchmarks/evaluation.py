@@ -15,8 +15,9 @@ import machine
 import sides
 
 from paddlemix.errors import command_main
+from paddlemix.evaluation.local import LocalModel
 from paddlemix.evaluation.rows import Question
-from paddlemix.evaluation.runner import LocalModel, Settings, ask, batches
+from paddlemix.evaluation.runner import Settings, ask, batches
 from paddlemix.evaluation.tasks import Task
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_model.data import PARTS, write_part
@@ -44,9 +45,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=1000, help="default: %(default)s")
     parser.add_argument("--model", default=str(cli.DEMO_MODEL), help="a checkpoint (default: the demo model)")
-    parser.add_argument(
-        "--repeat", type=int, default=2, help="times that both ways run; the best counts (%(default)s)"
-    )
+    parser.add_argument("--repeat", type=int, default=2, help="times that both ways run; the best counts (%(default)s)")
     parser.add_argument("--save", action="store_true", help="write results/DATE-evaluation.md")
     options = parser.parse_args()
     others = machine.OtherWork()

@@ -111,7 +111,8 @@ def test_what_is_missing_is_told(tmp_path):
 
 
 def test_the_evaluation_command_answers_alike(tmp_path):
-    from paddlemix.evaluation.runner import LlavaModel, LocalModel, Settings, run_task
+    from paddlemix.evaluation.local import LlavaModel, LocalModel
+    from paddlemix.evaluation.runner import Settings, run_task
     from paddlemix.evaluation.tasks import TASKS
 
     _, questions, images = SETS["llava-pope"]

@@ -15,7 +15,8 @@ from PIL import Image
 
 from paddlemix.errors import ConfigError, DataError
 from paddlemix.evaluation.answers import RunFolder, read_answers
-from paddlemix.evaluation.runner import LocalModel, Settings, run_task
+from paddlemix.evaluation.local import LocalModel
+from paddlemix.evaluation.runner import Settings, run_task
 from paddlemix.evaluation.submissions import camera_marks
 from paddlemix.evaluation.tasks import COT, LETTER, SHORT, TASKS, select
 from paddlemix.examples.internvl2 import cli, evaluate

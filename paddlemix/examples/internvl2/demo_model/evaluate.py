@@ -74,8 +74,9 @@ def evaluate(directory, meta_paths, limit=None, device="cpu"):
     Returns:
         For each meta file a dictionary ``{task: (right, asked)}``, and a list of wrong answers (task, question, answer, truth).
     """
+    from paddlemix.evaluation.local import LocalModel
     from paddlemix.evaluation.rows import Question
-    from paddlemix.evaluation.runner import LocalModel, Settings, ask, batches
+    from paddlemix.evaluation.runner import Settings, ask, batches
     from paddlemix.evaluation.tasks import Task
 
     model = LocalModel.load(Settings(model=str(directory), batch_size=BATCH, device=device))
