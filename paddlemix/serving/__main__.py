@@ -8,11 +8,13 @@ python -m paddlemix.serving --model_name_or_path OpenGVLab/InternVL2-1B --host 0
 import argparse
 import asyncio
 import contextlib
-import logging
+import logging.handlers
 import os
+import queue
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from paddlemix.commands import Parser
@@ -178,6 +180,35 @@ async def _serve(args, server, listener):
     return code
 
 
+class _Log(logging.handlers.QueueHandler):
+    """Lines to stderr, written by a thread of their own: whoever started the server need not read them, and it must go on."""
+
+    def __init__(self):
+        super().__init__(queue.Queue(1000))
+        stream = logging.StreamHandler(sys.stderr)
+        self._listener = logging.handlers.QueueListener(self.queue, stream)
+        self._listener.start()
+
+    def enqueue(self, record):
+        with contextlib.suppress(queue.Full):  # the oldest line tells as much as the newest
+            self.queue.put_nowait(record)
+
+    def finish(self):
+        """Wait a moment for what has not been written."""
+        deadline = time.monotonic() + 0.5
+        while not self.queue.empty() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def start_log():
+    """Log to stderr without ever waiting for it; gives what ends the log."""
+    log = _Log()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[log])
+    for noisy in ("httpx", "asyncio", "uvicorn.error", "uvicorn", "ray", "ray.serve"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    return log.finish
+
+
 def _report(message):
     print(f"error: {message}", file=sys.stderr)
 
@@ -186,9 +217,7 @@ def _report(message):
 def main(argv=None):
     """Parse the command line and serve."""
     args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "asyncio", "uvicorn.error", "uvicorn"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    finish_log = start_log()
     key = settle(args)
     listener = _listen(args.host, args.port)
     if not os.path.isdir(args.model_name_or_path) and os.sep in args.model_name_or_path.rstrip(os.sep)[:1]:
@@ -197,7 +226,7 @@ def main(argv=None):
 
     code = asyncio.run(_serve(args, Server(args, key), listener))
     sys.stdout.flush()
-    sys.stderr.flush()
+    finish_log()
     os._exit(code)  # threads of the engine and of media have nothing left to say
 
 

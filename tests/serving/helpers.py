@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -29,15 +30,22 @@ def serving(*flags, env=None):
     """The base URL of a server with ``flags`` on a free port; it is ended afterwards, and must end well."""
     command = [sys.executable, "-m", "paddlemix.serving", "--port", "0", *flags]
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    try:
-        line = process.stdout.readline()
-        assert line.startswith("ready: http://127.0.0.1:"), line + process.stderr.read()
-        yield line.split()[1], process
-    finally:
-        process.terminate()
-        _, errors = process.communicate(timeout=60)
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True, env=env)
+        try:
+            line = process.stdout.readline()
+            assert line.startswith("ready: http://127.0.0.1:"), line + _read(told)
+            yield line.split()[1], process
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+        errors = _read(told)
     assert process.returncode == 0 and "Traceback" not in errors, errors
+
+
+def _read(file):
+    file.seek(0)
+    return file.read()
 
 
 def ask(url, body=None, path="/chat/completions", headers=None, raw=None, method=None):

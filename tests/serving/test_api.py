@@ -1,5 +1,6 @@
 """The HTTP interface, from outside."""
 
+import contextlib
 import io
 import json
 import os
@@ -231,3 +232,26 @@ def test_media_rules(tmp_path):
     Image.new("RGB", (8, 8)).save(buffer, "PPM")  # Pillow reads it, but it is none of the promised
     with pytest.raises(RequestError):
         media.picture(picture(buffer.getvalue())["image_url"]["url"])
+
+
+def test_a_log_that_nobody_reads_holds_up_nobody():
+    command = [sys.executable, "-m", "paddlemix.serving", "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        url = process.stdout.readline().split()[1]
+        host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n[]"
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            for _ in range(45):  # a line each; a pipe holds 64 KB
+                connection.sendall(head * 50)
+                received = b""
+                while received.count(b'"error"') < 50:
+                    received += connection.recv(1 << 20)
+        assert ask(url, {"messages": messages("Hi"), "max_tokens": 1})[0] == 200
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0

@@ -7,12 +7,11 @@ python -m paddlemix.serving.cluster --replicas 16 --address auto
 """
 
 import asyncio
-import logging
 import os
 import sys
 
 from paddlemix.errors import ConfigError, command_main
-from paddlemix.serving.__main__ import _listen, _positive, _serve, make_parser, settle
+from paddlemix.serving.__main__ import _listen, _positive, _serve, make_parser, settle, start_log
 
 
 def make_cluster_parser():
@@ -33,9 +32,7 @@ def main(argv=None):
     args = make_cluster_parser().parse_args(argv)
     if args.max_replicas and args.max_replicas < args.replicas:
         raise ConfigError("--max_replicas must not be below --replicas")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "asyncio", "uvicorn.error", "uvicorn", "ray", "ray.serve"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    finish_log = start_log()
     key = settle(args)
     listener = _listen(args.host, args.port)
     from paddlemix.checkpoints.hub import resolve
@@ -45,7 +42,7 @@ def main(argv=None):
 
     code = asyncio.run(_serve(args, Front(args, key), listener))
     sys.stdout.flush()
-    sys.stderr.flush()
+    finish_log()
     os._exit(code)
 
 
