@@ -17,7 +17,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: web web-install demo demo-video install test test-fast test-slow test-npu soak wheel lint format clean
+.PHONY: llama web web-install demo demo-video install test test-fast test-slow test-npu soak wheel lint format clean
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -78,6 +78,14 @@ web-install: $(VENV)/web/.installed
 $(VENV)/web/.installed:
 	$(PYTHON) -m venv $(VENV)/web
 	$(VENV)/web/bin/pip install --disable-pip-version-check -q gradio==6.31.0 openai==3.57.0
+	@touch $@
+
+# llama.cpp's server, which benchmarks/serving.py can measure beside ours; built here with g++.
+llama: $(VENV)/llama/.installed
+
+$(VENV)/llama/.installed:
+	$(PYTHON) -m venv $(VENV)/llama
+	$(VENV)/llama/bin/pip install --disable-pip-version-check -q 'llama-cpp-python[server]==0.3.36' gguf
 	@touch $@
 
 # The wheel of a release, from what is committed alone.
