@@ -235,3 +235,23 @@ def test_llava_chats_and_learns(npu, tmp_path):
     run([examples / "train.py", *flags.split(), *paths], npu)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
     assert np.allclose(losses, stage["losses"][:2], rtol=2e-4)
+
+
+def test_internvl_features_captions_and_a_step(npu):
+    """InternVL-C and -G: what the original computes, and what a step of either training makes of the next loss, as on CPU."""
+    folder = REFERENCE / "internvl_14b"
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    found = {}
+    for name in ("cpu", "npu:0"):
+        stdout, _ = run(["-m", "tests.models.internvl.on_device", name], npu)
+        found[name] = json.loads(re.search(r"^@(.*)$", stdout, re.MULTILINE)[1])
+    actual = found["npu:0"]
+    assert actual["places"] == ["Place(npu:0)"]
+    assert actual["captions"] == [caption["ids"] for caption in expected["captions"]]
+    with np.load(folder / "expected.npz") as arrays:
+        for name in ("image_c", "image_g", "logits_c", "logits_g"):
+            assert np.abs(np.subtract(actual[name], arrays[name])).max() < 1e-4 * np.abs(arrays[name]).max(), name
+    first = [expected["loss"]["loss"], expected["retrieval_loss"]["shared"]["loss"]]
+    assert actual["losses"][::2] == pytest.approx(first, rel=1e-4)
+    assert actual["losses"] == pytest.approx(found["cpu"]["losses"], rel=1e-5)
+    assert actual["losses"][1] < actual["losses"][0] and actual["losses"][3] < actual["losses"][2]

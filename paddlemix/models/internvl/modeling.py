@@ -222,7 +222,8 @@ class InternVLModel(nn.Layer):
             ``summarize:``.
         """
         vision = self.vision_model(_pixels(pixel_values))
-        negatives = len(vision) - len(vision) // 2
+        rows = vision.shape[0]
+        negatives = rows - rows // 2
         ids, mask = (
             _joined(a[:negatives], b[negatives:])
             for a, b in (
@@ -230,7 +231,7 @@ class InternVLModel(nn.Layer):
                 (_ids(negative_attention_mask), _ids(positive_attention_mask)),
             )
         )
-        targets = (np.arange(len(vision)) >= negatives).astype("int64")
+        targets = (np.arange(rows) >= negatives).astype("int64")
         loss_itm = self._matching(vision, ids, mask, np.where(mask.sum(1) == 2, -100, targets))
 
         queries, loss_itg = self._captioning(vision, _ids(input_ids), labels)
@@ -262,7 +263,7 @@ class InternVLModel(nn.Layer):
             :class:`InternVLLoss` without captions.
         """
         vision = self.vision_model(_pixels(pixel_values))
-        rows = len(vision)
+        rows = vision.shape[0]
         ids = _joined(_ids(negative_input_ids), _ids(positive_input_ids))
         mask = _joined(_ids(negative_attention_mask), _ids(positive_attention_mask))
         twice = paddle.concat([vision, vision])
