@@ -65,6 +65,8 @@ def cases():
         "rsqrt": (lambda x: paddle.rsqrt(x * x + 0.5), [[4, 32]]),
         "swiglu": (F.swiglu, [[4, 64]]),
         "gelu": (F.gelu, [[4, 64]]),
+        "exp": (paddle.exp, [[4, 6]]),
+        "log_softmax": (lambda x: F.log_softmax(x, axis=-1), [[4, 32]]),
         "softmax": (lambda x: F.softmax(x, axis=-1), [[4, 6, 32]]),
         "layer_norm": (lambda x, w, b: F.layer_norm(x, [32], w, b, 1e-6), [[4, 6, 32], [32], [32]]),
         "conv2d": (lambda x, w, b: F.conv2d(x, w, b, stride=14), [[2, 3, 28, 42], [16, 3, 14, 14], [16]]),
@@ -83,7 +85,7 @@ def cases():
     }
 
 
-FLOAT32_ONLY = {"adamw", "cross_entropy_with_softmax"}  # as the models use them
+FLOAT32_ONLY = {"adamw", "cross_entropy_with_softmax", "exp", "log_softmax"}  # as the models use them
 
 
 @contextlib.contextmanager

@@ -64,10 +64,13 @@ def _recalls(block, pictures, texts, owner, ks):
     step = max(1, _BLOCK // texts)
     spans = [(start, min(start + step, pictures)) for start in range(0, pictures, step)]
     number = np.arange(texts)
+    texts_of = np.argsort(owner, kind="stable")  # those of picture i are from first[i] to first[i + 1]
+    first = np.searchsorted(owner[texts_of], np.arange(pictures + 1))
     own = np.full(texts, np.nan)  # each text's score with its picture
     for start, stop in spans:
         mine = (owner >= start) & (owner < stop)
-        own[mine] = block(start, stop)[owner[mine] - start, number[mine]]
+        if mine.any():
+            own[mine] = block(start, stop)[owner[mine] - start, number[mine]]
     rank_of_picture = np.zeros(texts, np.int64)  # of each text
     rank_of_text = np.full(pictures, texts, np.int64)  # the best of each picture's texts; without any, behind all
     for start, stop in spans:
@@ -76,8 +79,10 @@ def _recalls(block, pictures, texts, owner, ks):
             raise DataError(f"scores of pictures {start} to {stop - 1} are not all numbers: look at the features")
         before = np.arange(start, stop)[:, None] < owner
         rank_of_picture += ((scores > own) | ((scores == own) & before)).sum(0)
-        for row in np.unique(owner[(owner >= start) & (owner < stop)]):
-            mine = np.flatnonzero(owner == row)
+        for row in range(start, stop):
+            mine = texts_of[first[row] : first[row + 1]]
+            if not len(mine):
+                continue
             best = mine[np.argmax(scores[row - start, mine])]
             line = scores[row - start]
             rank_of_text[row] = (line > line[best]).sum() + (line[:best] == line[best]).sum()

@@ -126,13 +126,16 @@ class InternVLModel(nn.Layer):
         return self._text_features(ids, ids > 0)
 
     def forward(self, image, text, mode="InternVL-C"):
-        """Scores of all pairs, scaled: ``(logits_per_image [images, texts], logits_per_text [texts, images])``."""
+        """Scores of all pairs, scaled, float32: ``(logits_per_image [images, texts], logits_per_text [texts, images])``."""
         scores = self._scores(self.encode_image(image, mode), self.encode_text(text))
         return scores, scores.transpose([1, 0])
 
     def _scores(self, image_features, text_features):
-        images, texts = normalize(image_features), normalize(text_features)
-        return paddle.matmul(images, texts.transpose([1, 0])) * paddle.exp(self.logit_scale)
+        return self._scaled(normalize(image_features), normalize(text_features))
+
+    def _scaled(self, images, texts):
+        scores = paddle.matmul(images, texts.transpose([1, 0])).astype("float32")
+        return scores * paddle.exp(self.logit_scale.astype("float32"))
 
     def _text_features(self, ids, mask):
         mask = mask.astype(bool)
@@ -277,8 +280,7 @@ class InternVLModel(nn.Layer):
         return InternVLLoss(loss_itm + loss_itc, loss_itm, loss_itc)
 
     def _contrast(self, pictures, texts, targets):
-        scores = paddle.matmul(pictures, texts.transpose([1, 0])).astype("float32")
-        return contrastive_loss(scores * paddle.exp(self.logit_scale.astype("float32")), targets)
+        return contrastive_loss(self._scaled(pictures, texts), targets)
 
     def _with_text(self, vision, ids, mask):
         """Queries and text in one pass: hidden states of the queries ``[B, Q, D]`` and of the text ``[B, N, D]``."""
@@ -333,4 +335,5 @@ def _joined(first, second):
 
 def _all_rows(values):
     """Numbers ``[B]`` of all processes, in order."""
-    return gather(paddle.to_tensor(np.asarray(values).astype("int64"))).numpy()
+    values = np.asarray(values).astype("int64")
+    return gather(paddle.to_tensor(values)).numpy() if paddle.distributed.get_world_size() > 1 else values
