@@ -232,8 +232,9 @@ def _adapter_inputs(config, counts):
     first = "language_model.model.layers.0."
     llm = config.llm_config
     wide = llm.intermediate_size if llm.experts is None else llm.experts.width
+    at_work = 1.0 if llm.experts is None else llm.experts.active / llm.experts.count
     names = [name for name in counts if name.startswith(first) and ".lora_A." in name]
-    return sum(wide if ".down_proj." in name else llm.hidden_size for name in names)
+    return sum((wide if ".down_proj." in name else llm.hidden_size) * (at_work if ".experts." in name else 1) for name in names)
 
 
 def _language_activations(config, batch, element, flash, recompute, adapter_inputs):

@@ -1,5 +1,6 @@
 """Two processes on CPU (gloo, loopback) against one with the same global batch."""
 
+import json
 import os
 import re
 import shutil
@@ -13,11 +14,13 @@ import pytest
 
 from paddlemix.models.internvl2 import InternVLChatModel
 from paddlemix.training.log import read_log
+from tests.conftest import REFERENCE
 from tests.datasets.helpers import write_meta
 from tests.training.helpers import RECORDS, flags, run
 from tests.training.test_finetune import SCRIPT, losses
 
 pytestmark = pytest.mark.slow
+INTERNVL3 = REFERENCE / "internvl3" / "qwen3_moe" / "checkpoint"
 
 
 def start(folder, *more, script=SCRIPT, **options):
@@ -255,3 +258,14 @@ def test_with_stage3_a_process_has_its_share_and_one_block(tmp_path, choice):
     said = run_two(tmp_path, script=str(script))
     peaks, planned = zip(*[map(float, pair) for pair in re.findall(r"^@ (\S+) (\S+)$", said, re.MULTILINE)])
     assert 0.8 * planned[0] < max(peaks) < 1.05 * planned[0], (peaks, planned)  # rather too much than too little
+
+
+@pytest.mark.parametrize("sharding", ["stage1", "stage3"])
+def test_experts_of_two_processes_are_one(tmp_path, sharding):
+    """A mixture of experts, of which each process may leave others idle; as published, without balance loss."""
+    config = json.loads((INTERNVL3 / "config.json").read_text())
+    common = ("--model_name_or_path", str(INTERNVL3), "--conv_style", "internvl2_5", "--learning_rate", "1e-3")
+    common = (*common, "--force_image_size", str(config["force_image_size"]), "--max_steps", "6")
+    run(tmp_path, *common, "--gradient_accumulation_steps", "2", output="one")
+    run_two(tmp_path, *common, "--sharding", sharding, output="two")
+    assert_same_run(tmp_path)

@@ -25,6 +25,18 @@ def is_adapted(name):
     return _ADAPTED.fullmatch(name) is not None
 
 
+def adapter_sizes(weight):
+    """Outputs of each adapter that the layer of a weight gets when its tower has any; empty for none."""
+    if not (is_adapted(weight.name) and weight.name.endswith(".weight")):
+        return []
+    return [part.shape[-1 if is_stacked(part) else 0] for part in weight.parts]
+
+
+def is_stacked(part):
+    """Whether a published tensor has all experts of a layer, ``[experts, in, out]``, and this is the share of one of them."""
+    return part.index is not None
+
+
 def tower_rank(config, name):
     """Rank of the adapters in the tower (vision or language model) that a parameter or tensor belongs to; 0 without."""
     return getattr(config, RANKS.get(name.split(".")[0], ""), 0)
@@ -46,12 +58,12 @@ def with_adapters(table, config):
         if not rank:
             extended.append(weight)
             continue
-        # Experts that are stacked in one tensor have no linear layer that an adapter could be on.
-        adapted = is_adapted(weight.name) and weight.parts[0].index is None
+        # Experts that are stacked in one tensor have no linear layer of their own that PEFT could wrap.
+        adapted = is_adapted(weight.name) and not is_stacked(weight.parts[0])
         parts = tuple(part._replace(name=_wrapped(part.name, adapted)) for part in weight.parts)
         extended.append(weight._replace(parts=parts))
-        if adapted and weight.linear:
-            extended += _adapters(weight, rank)
+        if adapter_sizes(weight):
+            extended += _stacked_adapters(weight, rank) if is_stacked(weight.parts[0]) else _adapters(weight, rank)
     return extended
 
 
@@ -65,7 +77,10 @@ def _wrapped(name, adapted):
 
 
 def adapter_names(wrapped):
-    """Published names of ``A`` and ``B`` of the layer whose weight is the tensor ``wrapped`` (``....base_layer.weight``)."""
+    """Published names of ``A`` and ``B`` of the layer whose weight is the tensor ``wrapped`` (``....base_layer.weight``).
+
+    Those of stacked experts are named after the tensor itself.
+    """
     layer = wrapped.removesuffix(".base_layer.weight")
     return f"{layer}.lora_A.default.weight", f"{layer}.lora_B.default.weight"
 
@@ -83,3 +98,18 @@ def _adapters(weight, rank):
         part_b = part._replace(name=name_b, shape=(size_out, rank), runs=runs)
         yield weight._replace(name=f"{layer}.lora_A.{i}", shape=(size_in, rank), parts=(part_a,))
         yield weight._replace(name=f"{layer}.lora_B.{i}", shape=(rank, size_out), parts=(part_b,))
+
+
+def _stacked_adapters(weight, rank):
+    """The adapter of one expert of several that are stacked, as they are: ``A [experts, in, rank]``, ``B [experts, rank, out]``.
+
+    The original has no training with adapters on such experts, and PEFT has no plain form for it; the names are ours.
+    """
+    (part,) = weight.parts
+    size_in, size_out = part.shape
+    layer = weight.name.removesuffix(".weight")
+    for letter, name, shape in zip(
+        "AB", adapter_names(_wrapped(part.name, adapted=False)), ((size_in, rank), (rank, size_out))
+    ):
+        own = part._replace(name=name, shape=shape, runs=((0, 0, shape[0]),))
+        yield weight._replace(name=f"{layer}.lora_{letter}.0", shape=shape, parts=(own,))

@@ -19,7 +19,7 @@ from paddlemix.checkpoints.files import open_weight_file
 from paddlemix.checkpoints.tensors import convert_dtype, name_some
 from paddlemix.errors import CheckpointError, ConfigError
 
-from .adapters import RANKS, SCALE, is_adapted, tower_rank
+from .adapters import RANKS, SCALE, adapter_sizes, is_stacked, tower_rank
 from .layers import Linear
 
 DROPOUT = 0.05
@@ -117,13 +117,14 @@ def add_adapters(model, tower="", dropout=DROPOUT):
     """
     for weight in model.config.weight_table():
         rank = tower_rank(model.config, weight.name)
-        if not (rank and weight.name.startswith(tower) and weight.linear and is_adapted(weight.name)):
+        sizes = adapter_sizes(weight)
+        if not (rank and sizes and weight.name.startswith(tower)):
             continue
         parent, name, layer = _locate(model, weight.name.removesuffix(".weight"))
         if isinstance(layer, LoRALinear):
             layer.dropout.p = dropout
         else:
-            setattr(parent, name, LoRALinear(layer, [part.shape[0] for part in weight.parts], rank, dropout))
+            setattr(parent, name, LoRALinear(layer, sizes, rank, dropout))
 
 
 def _locate(model, path):
@@ -153,7 +154,7 @@ _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def _peft_table(config):
     """``(name, weight, part)`` of the adapters alone, as PEFT names them when it wraps the whole model."""
     for weight in config.weight_table():
-        if ".lora_" in weight.name:
+        if ".lora_" in weight.name and not is_stacked(weight.parts[0]):
             (part,) = weight.parts
             yield "base_model.model." + part.name.replace(".base_model.model.", ".").replace(".default.", "."), weight, part
 
@@ -167,9 +168,14 @@ def save_adapters(model, directory, base_model=None):
         base_model: name or directory of the model that they belong to, for ``adapter_config.json``.
 
     Raises:
-        ConfigError: the model has no adapters.
+        ConfigError: the model has no adapters, or has some on stacked experts (gpt-oss), for which PEFT has no plain form.
     """
     parameters = model.state_dict()
+    if any(".lora_" in weight.name and is_stacked(weight.parts[0]) for weight in model.config.weight_table()):
+        raise ConfigError(
+            "adapters on gpt-oss's experts, which are stacked in one tensor, have no form in PEFT's directories: save the "
+            "whole checkpoint, or merge them (python -m paddlemix.models.internvl2.merge_lora)"
+        )
     tensors, ranks = {}, {}
     for name, weight, part in _peft_table(model.config):
         values = parameters[weight.name].astype("float32").numpy().T

@@ -7,13 +7,13 @@ import dataclasses
 import os
 
 from paddlemix.checkpoints.checkpoint import Checkpoint
-from paddlemix.checkpoints.files import open_weight_file
+from paddlemix.checkpoints.contents import OpenFiles
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.checkpoints.safetensors_files import OutgoingTensor, write_safetensors
 from paddlemix.checkpoints.tensors import convert_dtype
 from paddlemix.commands import Parser
 from paddlemix.errors import CheckpointError, command_main
-from paddlemix.models.blocks.adapters import SCALE, adapter_names
+from paddlemix.models.blocks.adapters import SCALE, adapter_names, is_stacked
 
 from .checkpoint import weight_table
 from .configuration import InternVLChatConfig
@@ -42,35 +42,36 @@ def merge(source, target, max_shard_size="5GB"):
     plain = dataclasses.replace(config, use_llm_lora=0, use_backbone_lora=0)
     checkpoint = Checkpoint(source, config)
 
-    adapters = {}
-    for entry in checkpoint.sources:
-        if ".lora_" in entry.part.name:
+    whole = {entry.part.name: entry for entry in checkpoint.sources}  # experts that are stacked are one tensor
+    files, adapters = OpenFiles(), {}
+    for name, entry in whole.items():
+        if ".lora_" in name:
             location = entry.location
-            with open_weight_file(location.path) as stored:
-                values = stored[location.key].read(0, location.shape[0])
-            adapters[entry.part.name] = convert_dtype(values, location.dtype, "float32")
+            adapters[name] = convert_dtype(files.get(location).read(0, location.shape[0]), location.dtype, "float32")
 
     def outgoing(entry, name):
         location, (name_a, name_b) = entry.location, adapter_names(entry.part.name)
         left, right = adapters.get(name_b), adapters.get(name_a)
-        if checkpoint.layout == "paddle":
+        stacked = is_stacked(entry.part)
+        if checkpoint.layout == "paddle" or stacked:
             left, right = right, left
 
         def rows():
-            with open_weight_file(location.path) as stored:
-                for start, stop, block in stored[location.key].blocks():
-                    if left is not None:
-                        exact = convert_dtype(block, location.dtype, "float32") + SCALE * (left[start:stop] @ right)
-                        block = convert_dtype(exact, "float32", location.dtype)
-                    yield block
+            for start, stop, block in files.get(location).blocks():
+                if left is not None:
+                    exact = convert_dtype(block, location.dtype, "float32")
+                    exact = exact + SCALE * (left[start:stop] @ (right[start:stop] if stacked else right))
+                    block = convert_dtype(exact, "float32", location.dtype)
+                yield block
 
         return OutgoingTensor(name, location.dtype, location.shape, rows)
 
     published = {}
     for wrapped, weight in zip((w for w in weight_table(config) if ".lora_" not in w.name), weight_table(plain)):
         published.update(zip((part.name for part in wrapped.parts), (part.name for part in weight.parts)))
-    tensors = [outgoing(entry, published[entry.part.name]) for entry in checkpoint.sources if entry.part.name in published]
-    write_safetensors(target, tensors, {"format": "pt" if checkpoint.layout == "torch" else "np"}, max_shard_size)
+    tensors = [outgoing(entry, published[name]) for name, entry in whole.items() if name in published]
+    with files:
+        write_safetensors(target, tensors, {"format": "pt" if checkpoint.layout == "torch" else "np"}, max_shard_size)
     copy_small_files(source, target, None)
     plain.save(target)
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,9 +18,10 @@ from paddlemix.kernels import cpu as kernels
 from paddlemix.models.blocks.experts import Dispatch
 from paddlemix.models.blocks.flops import decode_bytes, decoder_flops, parameter_counts
 from paddlemix.models.blocks.language import KVCache
-from paddlemix.models.blocks.lora import merge_lora, wrap_llm_lora
+from paddlemix.models.blocks.lora import merge_lora, save_adapters, wrap_llm_lora
 from paddlemix.models.internvl2 import ChatSession, InternVLChatConfig, InternVLChatModel, get_template, load_tokenizer
 from paddlemix.models.internvl2.conversation import encode_conversations
+from paddlemix.models.internvl2.merge_lora import merge
 from tests.conftest import REFERENCE, assert_close
 
 FOLDER = REFERENCE / "internvl3"
@@ -290,7 +292,9 @@ def test_adapters_on_attention_and_experts_learn_and_come_back(tmp_path, family)
     ids = reference.arrays["lm_input_ids"]
     trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient and ".lora_" in name}
     on_experts = [name for name in trained if ".experts." in name]
-    assert bool(on_experts) == (family == "qwen3_moe")  # gpt-oss has its experts stacked: attention alone
+    experts = model.config.llm_config.experts.count
+    of_an_expert = {"qwen3_moe": 6, "gpt_oss": 4}[family]  # A and B on gate, up and down; gpt-oss has gate and up in one
+    assert len(on_experts) == experts * of_an_expert * model.config.llm_config.num_hidden_layers
     optimiser = paddle.optimizer.SGD(0.1, parameters=list(trained.values()))
     for _ in range(2):
         model(input_ids=ids, labels=ids).loss.backward()
@@ -305,6 +309,49 @@ def test_adapters_on_attention_and_experts_learn_and_come_back(tmp_path, family)
         assert np.abs(learned.numpy() - reference.arrays["lm_logits"]).max() > 1e-2
         merge_lora(again)
         assert_close(again(input_ids=ids).logits, learned, 1e-4)
+        # The same from file to file.
+        for path in reference.path.iterdir():
+            if path.name != "config.json" and not path.name.startswith("model"):
+                shutil.copy(path, tmp_path)
+        merge(str(tmp_path), str(tmp_path / "merged"))
+        merged = InternVLChatModel.from_pretrained(str(tmp_path / "merged"), dtype="float32", engine="eager")
+        assert_close(merged(input_ids=ids).logits, learned, 1e-4)
+
+
+def test_adapters_on_stacked_experts_have_no_form_of_peft(tmp_path):
+    model = InternVLChatModel(InternVLChatConfig.from_pretrained(load("gpt_oss").path))
+    wrap_llm_lora(model, 2)
+    with pytest.raises(ConfigError, match="gpt-oss's experts.*merge"):
+        save_adapters(model, str(tmp_path))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_what_else_is_in_the_batch_changes_nothing(family, engine):
+    """A row's logits are its own, whatever rows are beside it and however many tokens go to its experts."""
+    model = load(family, engine).model
+    ids = load(family).arrays["lm_input_ids"][:1, :24]
+    random = np.random.default_rng(0)
+    others = [random.integers(0, 600, ids.shape) for _ in range(7)]
+    with paddle.no_grad():
+        alone = model(input_ids=ids).logits
+        for batch in ([ids, others[0]], [*others[:3], ids], [ids] * 3, [others[0], ids, *others[1:]]):
+            place = next(i for i, row in enumerate(batch) if row is ids)
+            assert_close(model(input_ids=np.concatenate(batch)).logits[place : place + 1], alone, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_answers_do_not_depend_on_the_batch(family):
+    reference = load(family)
+    size = reference.model.config.image_size
+    part = load_image(str(REFERENCE / "images" / "img0.png"), input_size=size, max_num=1)
+    questions = ["What?", "Name a colour and two numbers.", "a", "Where is the second of them, and how large is it?"]
+    options = {"max_new_tokens": 12}
+    single = [reference.model.chat(reference.tokenizer, part, question, options) for question in questions]
+    for chosen in (questions, questions[::-1], questions[1:] * 2):
+        pixels, counts = np.concatenate([part] * len(chosen)), [len(part)] * len(chosen)
+        answers = reference.model.batch_chat(reference.tokenizer, pixels, chosen, options, counts)
+        assert answers == [single[questions.index(question)] for question in chosen]
 
 
 # ---------------------------------------------------------------------- counts
