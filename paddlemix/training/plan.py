@@ -248,7 +248,8 @@ def _language_activations(config, batch, element, flash, recompute, adapter_inpu
     norms = 2 * (4 + 2 * element) * width  # each: the input in float32, and the result before and after its weight
     rope = 8 * (heads + kv)  # queries and keys in float32, and these with their halves swapped
     qkv = element * (2 * heads + 2 * kv)  # what attention takes and gives
-    scores = 0 if flash else (4 if element == 4 else 4 + element) * llm.num_attention_heads * batch.tokens
+    # No kernel knows the sinks of gpt-oss, whose scores are therefore held.
+    scores = 0 if flash and not llm.sinks else (4 if element == 4 else 4 + element) * llm.num_attention_heads * batch.tokens
     mlp = element * 3 * hidden  # gate and up, and their product
     adapters = (element + 1) * adapter_inputs  # inputs after dropout, and where it struck
     block = norms + rope + qkv + scores + mlp + adapters
@@ -333,7 +334,7 @@ def plan(config, model_args, data_args, train_args, processes, kind):
     counts = parameters(config, model_args)
     batch = largest_batch(config, data_args, train_args)
     frozen = not any(learned for name, (_, learned) in counts.items() if name.startswith("vision_model."))
-    flash = device.never_holds_scores(kind, train_args.half) and not data_args.use_packed_ds
+    flash = device.never_holds_scores(kind, train_args.half)
     needed = memory(config, counts, train_args, batch, processes, flash, frozen, data_args.force_image_size)
     return counts, batch, needed
 

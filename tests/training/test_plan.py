@@ -305,3 +305,15 @@ def test_table_has_every_model():
     assert all(
         peaks[name, "LoRA 16", "1"] < max(p for key, p in peaks.items() if key[:2] == (name, "full")) for name in plan.PUBLISHED
     )
+
+
+def test_packed_rows_hold_no_scores_on_gpu_but_gpt_oss_does():
+    """Flash attention takes masks of packed rows; sinks it does not."""
+    packed = DataTrainingArguments(use_packed_ds=True, max_packed_tokens=32768, num_images_expected=96)
+    train = arguments(per_device_train_batch_size=1, bf16=True, fp16_opt_level="O2", recompute=True, sharding="stage3")
+    model_args = ModelArguments("x")
+    gpt_oss = plan.published_config("InternVL3_5-GPT-OSS-20B-A4B-Preview")
+    qwen3 = plan.published_config("InternVL3_5-8B")
+    for config, kind, holds in ((qwen3, "gpu", False), (qwen3, "npu", True), (gpt_oss, "gpu", True)):
+        scores = 2 * config.llm_config.num_attention_heads * 32768**2  # of one layer, in half precision at least
+        assert (plan.plan(config, model_args, packed, train, 64, kind)[2].activations > scores) == holds

@@ -101,7 +101,7 @@ def _adapters(weight, rank):
 
 
 def _stacked_adapters(weight, rank):
-    """The adapter of one expert of several that are stacked, as they are: ``A [experts, in, rank]``, ``B [experts, rank, out]``.
+    """The adapter of one expert of several that are stacked too: ``A [experts, in, rank]``, ``B [experts, rank, out]``.
 
     The original has no training with adapters on such experts, and PEFT has no plain form for it; the names are ours.
     """
