@@ -130,9 +130,12 @@ async def _serve(args, server, listener):
     """Serve until told to end; the exit code."""
     import uvicorn
 
+    from .connections import Connection, allow_many_files
+
+    allow_many_files()
     config = uvicorn.Config(
         server.app, log_config=None, access_log=False, lifespan="off", timeout_keep_alive=30, timeout_graceful_shutdown=5,
-        server_header=False,
+        server_header=False, http=Connection, ws="none",
     )  # fmt: skip
     http = uvicorn.Server(config)
     http.capture_signals = contextlib.nullcontext  # they are taken below

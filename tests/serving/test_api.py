@@ -234,6 +234,44 @@ def test_media_rules(tmp_path):
         media.picture(picture(buffer.getvalue())["image_url"]["url"])
 
 
+def test_heads_without_end_and_what_is_no_http(url):
+    host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
+
+    def push(*pieces):
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            with contextlib.suppress(OSError):  # closed before all of it was sent
+                for piece in pieces:
+                    connection.sendall(piece)
+            try:
+                return connection.recv(4096)
+            except ConnectionResetError:
+                return b"reset"
+
+    begin, lines = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n", [b"X-%d: 1\r\n" % i for i in range(300_000)]
+    for pieces in ((begin, b"X-A: ", *[b"a" * 10**6] * 30), (begin, b"".join(lines)), (b"GET /", *[b"a" * 10**6] * 5)):
+        begun = time.monotonic()
+        received = push(*pieces)
+        assert received == b"reset" or (b" 431 " in received and b'"error"' in received), received
+        assert time.monotonic() - begun < 10
+    received = push(b"\x16\x03\x01\x02\x00\x01")
+    assert received.startswith(b"HTTP/1.1 400 ") and set(json.loads(received.partition(b"\r\n\r\n")[2])) == {"error"}
+    waiting = [socket.create_connection((host, int(port)), timeout=20) for _ in range(300)]
+    for connection in waiting:
+        connection.sendall(begin)
+    assert ask(url, path="/models")[0] == 200
+    connection = waiting[0]
+    connection.settimeout(40)
+    assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+    for connection in waiting:
+        connection.close()
+    many = begin + b"\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(many * 3000)  # more than a head may have, but of several requests
+        received = b""
+        while received.count(b"HTTP/1.1 200") < 3000:
+            received += connection.recv(1 << 20)
+
+
 def test_a_log_that_nobody_reads_holds_up_nobody():
     command = [sys.executable, "-m", "paddlemix.serving", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
