@@ -54,7 +54,7 @@ def ask(url, body=None, path="/chat/completions", headers=None, raw=None, method
     kind = {"Content-Type": "application/json"} if data is not None else {}
     request = urllib.request.Request(url + path, data, {**kind, **(headers or {})}, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=300) as response:
             return response.status, response.headers, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read().decode()
