@@ -250,6 +250,7 @@ _ONLY = {
     "offload_optim": ("false", "0"),
     "do_predict": ("false", "0"),
     "do_export": ("false", "0"),
+    "load_4bit": ("false", "0"),  # weights of few bits are not trained on
 }
 
 
