@@ -98,6 +98,9 @@ _SIZES = {**_PUBLISHED, **_LATER, **_EARLIER}
 PUBLISHED, LATER = tuple(_PUBLISHED), tuple(_LATER)
 
 
+_ALIKE = re.compile(r"(-(Instruct|Pretrained|MPO))?(-(hf|HF))?$")  # of one shape
+
+
 def is_known(name):
     """Whether :func:`published_config` knows the name of a model, or of a part that one is put together from."""
     return _plain(name) in _SIZES
@@ -105,7 +108,7 @@ def is_known(name):
 
 def _plain(name):
     """The name of the published model whose sizes another has."""
-    name = name.removesuffix("-Instruct") if name.startswith("InternVL3") else name
+    name = _ALIKE.sub("", name) if name.startswith("InternVL3") else name
     stage = _STAGES.fullmatch(name)
     if stage:
         return f"InternVL2_5-{stage[1].upper()}"

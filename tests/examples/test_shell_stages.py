@@ -103,8 +103,32 @@ def _second():
         yield f"internvl3.0/2nd_finetune/internvl3_{size}_dynamic_res_2nd_finetune_full", expected, 128
 
 
-STAGES, MPO, SECOND = list(_stages()), list(_mpo()), list(_second())
-CASES = [*STAGES, *MPO, *SECOND]
+def _sft():
+    """InternVL3.5's supervised stages; gpt-oss's start from the language model alone."""
+    common = dict(use_packed_ds=True, num_images_expected=96, max_packed_tokens=32768, max_buffer_size=20, replacement=True)
+    common |= dict(allow_overflow=False, loss_reduction="square", weight_decay=0.05, sharding="stage3", seed=42, bf16=True)
+    common |= dict(max_seq_length=32768, max_dynamic_patch=12, min_num_frame=8, max_num_frame=32, warmup_ratio=0.03)
+    common |= dict(freeze_llm=False, freeze_mlp=False, freeze_backbone=False, lr_scheduler_type="cosine", recompute=True)
+    common |= dict(per_device_train_batch_size=1, use_thumbnail=True, ps_version="v2", force_image_size=448)
+    for size in ("1b", "2b", "4b", "8b", "14b", "30b", "38b", "241b"):
+        name = {"30b": "30B-A3B", "241b": "241B-A28B"}.get(size, size.upper())
+        drop = 0.0 if size in ("1b", "2b", "4b") else 0.4 if size in ("38b", "241b") else 0.1
+        own = dict(model_name_or_path=f"OpenGVLab/InternVL3_5-{name}-Pretrained", conv_style="internvl2_5", max_steps=8_000)
+        own |= dict(learning_rate=2e-5 if size == "241b" else 8e-5, drop_path_rate=drop)
+        yield f"internvl3_5_qwen3/internvl3_5_{size}_sft", common | own, 512
+    stem = "internvl3_5_gpt_oss_20b"
+    gpt_oss = common | dict(conv_style="internvl3_5_gpt_oss", drop_path_rate=0.1)
+    first = dict(vision_path="OpenGVLab/InternViT-300M-448px-V2_5", llm_path="openai/gpt-oss-20b", freeze_mlp=False)
+    first |= dict(model_name_or_path=None, freeze_llm=True, freeze_backbone=True, learning_rate=1e-3, max_steps=5_000)
+    first |= dict(max_seq_length=16384, warmup_ratio=0.01)
+    yield f"internvl3_5_gpt_oss/{stem}_stage0_mlp", gpt_oss | first, 256
+    for stage, before, rate, steps in (("1_pretrain", "0_mlp", 2e-5, 15_000), ("2_sft", "1_pretrain", 8e-5, 8_000)):
+        own = dict(model_name_or_path=f"work_dirs/{stem}_pretrain/{stem}_stage{before}", learning_rate=rate, max_steps=steps)
+        yield f"internvl3_5_gpt_oss/{stem}_stage{stage}", gpt_oss | own, 512
+
+
+STAGES, MPO, SECOND, SFT = list(_stages()), list(_mpo()), list(_second()), list(_sft())
+CASES = [*STAGES, *MPO, *SECOND, *SFT]
 TRAINERS = {"stage": "internvl_chat_pretrain.py", "mpo": "internvl_chat_mpo.py", "2nd": "internvl_chat_finetune.py"}
 ENDINGS = ("stage1", "stage1.5", "stage2", "preference_optimization", "mpo", "internvl3_5_qwen3", "internvl3_5_gpt_oss")
 
@@ -119,7 +143,8 @@ def test_every_script_is_there():
 def test_settings_are_the_published_ones_and_there_is_a_plan(name, expected, batch, tmp_path, capsys):
     argv = run(tmp_path, SHELL / f"{name}.sh")
     trainer = next(word for word in argv if word.endswith(".py"))
-    kind = "stage" if "/stage" in name else "2nd" if "2nd" in name else "mpo"
+    supervised = any(name == case[0] for case in SFT)
+    kind = "stage" if "/stage" in name or supervised else "2nd" if "2nd" in name else "mpo"
     assert os.path.basename(trainer) == TRAINERS[kind]
     extra = (PreferenceArguments,) if kind == "mpo" else ()
     args = settings(argv, lambda flags: parse(flags, extra=extra))
@@ -140,3 +165,14 @@ def test_scripts_start_on_a_cpu(tmp_path):
         ["sh", str(script)], cwd=tmp_path, env={**environment, "MODEL": str(checkpoint)}, capture_output=True, text=True
     )
     assert done.returncode == 1 and "meta file none.json cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize("name", [case[0] for case in [*SECOND, *SFT] if "gpt_oss" not in case[0]])
+def test_the_stage_of_sharding_is_one_that_fits(name, tmp_path):
+    """80 GB, or stage 3: the published stage is raised where the plan says that it does not fit."""
+    argv = run(tmp_path, SHELL / f"{name}.sh")
+    place = next(i for i, word in enumerate(argv) if word.endswith(".py"))
+    model, data, train = parse(argv[place + 1 :])
+    _, processes = batch_and_processes(argv, {**vars(train)})
+    needed = plan.plan(plan.read_config(model), model, data, train, processes, "gpu")[2]
+    assert train.sharding == "stage3" or (needed.peak + plan.OVERHEAD) < 80e9

@@ -15,7 +15,7 @@ LEARNING_RATE=2e-5
 WEIGHT_DECAY=0.05
 DROP_PATH_RATE=0.1
 MAX_SEQ_LENGTH=16384
-SHARDING=stage2
+SHARDING=stage3
 set -- --max_dynamic_patch 12 "$@"
 
 . "$SHELL_DIR/run.sh"
