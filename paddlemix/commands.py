@@ -26,6 +26,7 @@ COMMANDS = {
         "video": Command("paddlemix.examples.internvl2.chat_demo_video", "ask about a video"),
         "serve": Command("paddlemix.serving.__main__", "an OpenAI-compatible server", "serving"),
         "cluster": Command("paddlemix.serving.cluster.__main__", "the server on several accelerators or machines", "cluster"),
+        "batch": Command("paddlemix.serving.batch", "answer a file of requests, or ask about a folder of pictures", "serving"),
         "client": Command("paddlemix.serving.cli", "ask a server from the terminal", "serving"),
         "web": Command("paddlemix.serving.web.__main__", "a web page that asks a server", "web"),
         "search": Command("paddlemix.examples.internvl.search", "find pictures by words or by a picture"),
@@ -62,6 +63,23 @@ COMMANDS = {
 _running = None  # the program's name in a command's help, when it was started from here
 
 
+def _count(text):
+    if not text.isdigit() or not 0 < int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number from 1 to 4096")
+    return int(text)
+
+
+def _cores(text):
+    found = set()
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        ends = [first, last] if dash else [first, first]
+        if not all(end.isascii() and end.isdigit() and len(end) < 6 for end in ends) or int(ends[0]) > int(ends[1]):
+            raise argparse.ArgumentTypeError(f"'{text}' must be cores such as 0-7 or 0,2")
+        found |= set(range(int(ends[0]), int(ends[1]) + 1))
+    return found
+
+
 class Parser(argparse.ArgumentParser):
     """A parser that takes ``--max-num`` for ``--max_num`` and the other way, and knows under which name it was started."""
 
@@ -69,10 +87,21 @@ class Parser(argparse.ArgumentParser):
         if _running is not None:
             kwargs["prog"] = _running
         super().__init__(*args, **kwargs)
+        machine = self.add_argument_group("this machine")
+        machine.add_argument("--threads", type=_count, default=0, help="threads of CPU kernels (default: one for each core)")
+        machine.add_argument("--cpus", type=_cores, default=None, help="cores to run on, such as 0-7 or 0,2 (default: all)")
 
     def parse_args(self, args=None, namespace=None):
         _complete(self)
-        return super().parse_args(args, namespace)
+        found = super().parse_args(args, namespace)
+        if found.cpus:
+            try:
+                os.sched_setaffinity(0, found.cpus)
+            except (OSError, AttributeError):  # AttributeError: not on this system
+                self.error("--cpus: this process cannot run on such cores: name others, such as 0-3 or 0,2")
+        if found.threads:  # read by the kernels, here and in processes that are started from here
+            os.environ["PADDLEMIX_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(found.threads)
+        return found
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -86,6 +115,11 @@ class Parser(argparse.ArgumentParser):
             if f"--{spelling}" in self._option_string_actions:
                 return f"--{spelling}{equals}{value}"
         return argument
+
+
+def own_flags(args):
+    """The values of a command's own flags, without those that every command has."""
+    return {name: value for name, value in vars(args).items() if name not in ("threads", "cpus")}
 
 
 def contents():

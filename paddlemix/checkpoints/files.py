@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import re
+from pathlib import Path
 
 from paddlemix.errors import CheckpointError
 from paddlemix.files import check_regular, open_regular, read_json
@@ -117,3 +118,17 @@ def open_weight_file(path):
             raise CheckpointError(f"{path} is a Git LFS pointer without the weights: run `git lfs pull` in its directory")
         file.seek(0)
         yield readers[os.path.splitext(path)[1]](file)
+
+
+def model_digest(directory):
+    """A digest of a checkpoint: its configuration, and of its weight files names, sizes and the first and last MiB."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(directory).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".pdparams", ".model") and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with open(path, "rb") as file:
+                digest.update(file.read(1 << 20))
+                file.seek(max(0, size - (1 << 20)))
+                digest.update(file.read(1 << 20))
+    return digest.hexdigest()

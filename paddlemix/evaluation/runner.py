@@ -53,20 +53,6 @@ def prepare(task, settings):
     return found[: settings.limit]
 
 
-def model_digest(directory):
-    """A digest of a checkpoint: its configuration, and of its weight files names, sizes and the first and last MiB."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in sorted(Path(directory).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".pdparams", ".model") and path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}".encode())
-            with open(path, "rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read(1 << 20))
-    return digest.hexdigest()
-
-
 def batches(questions, done, size):
     """Lists of (index, question) not yet answered: those with most to read first, those of the same pictures together."""
     left, longest = [(i, question) for i, question in enumerate(questions) if i not in done], {}

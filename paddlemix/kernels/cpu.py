@@ -58,6 +58,7 @@ def set_num_threads(count):
     a launcher started on one machine share its cores.
     """
     global _threads
+    count = count or int(os.environ.get("PADDLEMIX_THREADS") or 0)  # of --threads
     numbers = (re.match(r"\d*", os.environ.get(name, ""))[0] for name in ("OMP_NUM_THREADS", "PADDLE_LOCAL_SIZE"))
     wished, processes = (int(number or 1) or 1 for number in numbers)  # OpenMP takes "4,2" for levels: the first is ours
     _threads = count or (wished if wished > 1 else max(1, len(os.sched_getaffinity(0)) // processes))

@@ -20,66 +20,25 @@ from pathlib import Path
 from paddlemix.commands import Parser
 from paddlemix.errors import command_main
 
-DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
+from .flags import add_media_flags, add_model_flags
 
 
 def make_parser():
     """The server's flags."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model_name_or_path", default=str(DEMO_MODEL), help="a checkpoint, or a name of one (default: the demo model)")
+    add_model_flags(parser)
     add("--served_model_name", default=None, help="what requests call it (default: the folder's name)")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)")
     add("--port", type=int, default=23333, help="0 picks a free one (default: 23333)")
-    add("--device", default="auto", help="auto, or a Paddle device (default: auto)")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="(default: auto)")
-    add("--engine", default="auto", choices=["auto", "eager", "inference"], help="as of the chat command (default: auto)")
-    quantised = parser.add_mutually_exclusive_group()
-    quantised.add_argument("--load_8bit", action="store_true", help="weights in 8 bit")
-    quantised.add_argument("--load_4bit", action="store_true", help="weights in 4 bit")
-    add("--lora_modules", nargs="+", default=[], type=_module, metavar="NAME=DIR", help="adapters, as further model names")
-    add("--max_num_seqs", type=_positive, default=16, help="answers made at once (default: 16)")
-    add("--max_model_len", type=_positive, default=None, help="longest prompt and answer (default: the model's context)")
     add("--max_queue", type=int, default=256, help="requests that may wait (default: 256)")
-    add("--max_images", type=int, default=16, help="most pictures and clips in a request (default: 16)")
-    add("--num_segments", type=_positive, default=8, help="frames of a clip (default: 8)")
-    add("--max_num", type=_positive, default=None, help="most tiles of a picture (default: the checkpoint's own)")
-    add("--kv_cache_gb", type=float, default=None, help="memory for keys and values (default: up to a quarter of what is free)")
-    add("--image_cache_mb", type=int, default=64, help="memory for features of pictures (default: 64)")
     add("--max_body_mb", type=float, default=64, help="largest request (default: 64)")
     add("--request_timeout", type=float, default=None, help="seconds a request may take (default: no limit)")
     add("--shutdown_timeout", type=float, default=30, help="seconds that running answers have after TERM (default: 30)")
     add("--api_key_file", default=None, help="file with the key that clients must send (or PADDLEMIX_API_KEY)")
     add("--allowed_origins", nargs="+", default=[], help="web pages that may ask, such as https://example.org (default: none)")
-    add("--allowed_media_domains", nargs="+", default=[], help="hosts that pictures are fetched from (default: none)")
-    add("--allow_private_media", action="store_true", help="also where these have private addresses")
-    add("--allowed_local_media_path", default=None, help="folder that file: urls may name files of (default: none)")
-    add("--media_timeout", type=float, default=10, help="seconds that fetching may take (default: 10)")
-    add("--max_media_mb", type=float, default=32, help="largest picture or clip (default: 32)")
-    add("--threads", type=int, default=0, help="threads of the CPU kernels (default: one for each core)")
-    add("--cpus", default=None, help="cores to run on, such as 0-7 or 0,2 (default: all)")
+    add_media_flags(parser)
     return parser
-
-
-def _module(text):
-    name, equals, folder = text.partition("=")
-    if not (name and equals and folder):
-        raise argparse.ArgumentTypeError(f"'{text}' must be NAME=DIR")
-    return name, folder
-
-
-def _positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a number above 0")
-    return int(text)
-
-
-def _cores(text):
-    found = set()
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        found |= set(range(int(first), int(last or first) + 1))
-    return found
 
 
 def _fail(message):
@@ -103,11 +62,6 @@ def settle(args):
             _fail(f"--api_key_file {args.api_key_file} is empty")
     if args.allowed_local_media_path and not os.path.isdir(args.allowed_local_media_path):
         _fail(f"--allowed_local_media_path {args.allowed_local_media_path} is not a folder")
-    if args.cpus:
-        try:
-            os.sched_setaffinity(0, _cores(args.cpus))
-        except (ValueError, OSError):
-            _fail(f"--cpus {args.cpus}: no such cores: use numbers such as 0-3 or 0,2")
     if key is None and args.host not in ("127.0.0.1", "localhost", "::1"):
         print(f"warning: anybody who reaches {args.host} can use this server: set --api_key_file", file=sys.stderr)
     return key

@@ -4,40 +4,52 @@ import asyncio
 import time
 import uuid
 
-from paddlemix.errors import PromptError
+from paddlemix.errors import PromptError, TokenizerError
 
 from .prompts import Conversation
 from .protocol import RequestError
 
 __all__ = ["Answer", "prepare"]
 
+_THOUGHTS = ("reasoning", "reasoning_content")  # vLLM's name, and what it was before
 
-def prepare(request, engine, media, tokens, reserved, max_images, adapter):
+
+def prepare(request, engine, adapter):
     """The jobs of a request, one for each choice; slow, for a thread of its own.
 
     Raises:
         RequestError: the request cannot be answered.
     """
+    from paddlemix.models.blocks import thinking
     from paddlemix.models.blocks.chat import end_of_answer, place_pictures
     from paddlemix.models.blocks.generation import GenerationConfig
 
     model, tokenizer, loop = engine.model, engine.tokenizer, engine.loop
     request.check(model.config.llm_config.vocab_size)
-    talk = Conversation(request.messages, media, reserved, max_images)
-    ids = talk.ids(model, tokenizer)
+    template = model.template().with_system_message(model.system_message)
+    talk = Conversation(request.messages, engine.media, engine.reserved, engine.args.max_images, template)
+    thinks = request.thinks(engine.args.thinking)
+    if thinks and not template.channels:
+        try:
+            tokenizer.require_token_id("<think>")
+        except TokenizerError:
+            raise RequestError("this model does not think: leave enable_thinking out", param="chat_template_kwargs") from None
+    ids = talk.ids(model, tokenizer, thinks)
     if len(ids) >= loop.longest:
         raise RequestError(
             f"the prompt has {len(ids)} tokens but this model's context is {loop.longest}: send less text or fewer pictures",
             param="messages",
             code="context_length_exceeded",
         )
-    temperature = 1.0 if request.temperature is None else request.temperature
+    temperature = request.temperature
+    if temperature is None:
+        temperature = thinking.SAMPLING["temperature"] if thinks and not template.channels else 1.0
 
     def given(value, default):
         return default if value is None else value
 
     limit = given(request.max_completion_tokens, request.max_tokens)
-    template = model.template()
+    skip = request.skip_special_tokens is not False
     try:
         config = end_of_answer(
             {
@@ -65,13 +77,17 @@ def prepare(request, engine, media, tokens, reserved, max_images, adapter):
             config = GenerationConfig.of(config, eos_token_id=[])
         jobs = []
         for stream in range(request.n or 1):
+            reader = None
+            if thinking.splits(template, thinks) and config.form is None:  # an answer in a form has no thought before it
+                reader = thinking.AnswerReader(tokenizer, template, config.stop_strings, template.cuts_at_stop, skip)
             job = loop.make_job(
                 ids,
                 config,
                 place_pictures(ids, model, talk.pictures),
                 adapter=adapter,
                 stream=stream,
-                skip_special_tokens=request.skip_special_tokens is not False,
+                skip_special_tokens=skip,
+                reader=reader,
                 strip=config.form is None,
                 cuts=template.cuts_at_stop,
                 after=jobs[0] if jobs else None,
@@ -100,13 +116,14 @@ class Answer:
         self._tokens = tokens
         self._base = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model_name}
         self._index = {job: i for i, job in enumerate(jobs)}
+        self._thoughts = ["" for _ in jobs]
         self._text, self._logprobs = ["" for _ in jobs], [[] for _ in jobs]
         self._reasons = [None for _ in jobs]
         self._last = [None for _ in jobs]
         self._first, self._counted = True, False
 
     def take(self, job, event):
-        """Note an event; returns (index, piece, log probabilities, reason), or None where there is nothing to tell.
+        """Note an event; returns (index, delta, log probabilities, reason), or None where there is nothing to tell.
 
         Raises:
             RequestError: the answer ended in an error.
@@ -135,9 +152,18 @@ class Answer:
             self._first, self._last[index] = False, now
         logprobs = self._described(event.choice)
         self._text[index] += event.piece
+        self._take_thought(index, job)
         self._logprobs[index] += logprobs or []
         self._reasons[index] = event.reason
-        return index, event.piece, logprobs, event.reason
+        delta = {"content": event.piece} if event.piece or logprobs else {}
+        if self.new_thought:
+            delta |= dict.fromkeys(_THOUGHTS, self.new_thought)
+        return index, delta, logprobs, event.reason
+
+    def _take_thought(self, index, job):
+        """Note what was thought since; the engine goes on meanwhile, so that it can be more than up to this event."""
+        thought = job.reader.reasoning if job.reader is not None else ""
+        self.new_thought, self._thoughts[index] = thought[len(self._thoughts[index]) :], thought
 
     def _described(self, choice):
         if not self.request.logprobs or choice is None:
@@ -179,13 +205,16 @@ class Answer:
         choices = [
             {
                 "index": i,
-                "message": {"role": "assistant", "content": text},
+                "message": {"role": "assistant", "content": text, **self._thought(i)},
                 "logprobs": {"content": logs} if self.request.logprobs else None,
                 "finish_reason": reason,
             }
             for i, (text, logs, reason) in enumerate(zip(self._text, self._logprobs, self._reasons))
         ]
         return {**self._base, "object": "chat.completion", "choices": choices, "usage": self.usage()}
+
+    def _thought(self, index):
+        return {} if self.jobs[index].reader is None else dict.fromkeys(_THOUGHTS, self._thoughts[index] or None)
 
     def chunk(self, index, delta, logprobs=None, reason=None):
         """A ``chat.completion.chunk`` of one choice."""

@@ -16,7 +16,6 @@ from starlette.exceptions import HTTPException
 
 from .answers import Answer, prepare
 from .engine import Engine
-from .media import Media, MediaRules
 from .metrics import Metrics
 from .protocol import ChatRequest, RequestError, parse_request
 
@@ -66,18 +65,7 @@ class Server:
 
     def get_ready(self):
         """Prepare what needs the loaded model."""
-        from paddlemix.models.blocks.decoding.forms import token_bytes
-
-        from .prompts import reserved_tokens
-
-        args = self.args
-        rules = MediaRules(
-            tuple(args.allowed_media_domains), args.allow_private_media, args.allowed_local_media_path, args.media_timeout,
-            int(args.max_media_mb * 2**20), args.max_num, args.num_segments,
-        )  # fmt: skip
-        self.media = Media(self.engine.model.config, rules)
-        self.tokens = token_bytes(self.engine.tokenizer, special=True)
-        self.reserved = reserved_tokens(self.engine.tokenizer)
+        self.engine.get_ready()
 
     @property
     def models(self):
@@ -168,10 +156,8 @@ class Server:
         answer = None
         try:
             adapter = name if name in self.engine.adapters else None
-            jobs = await asyncio.get_running_loop().run_in_executor(
-                self._pool, prepare, request, self.engine, self.media, self.tokens, self.reserved, self.args.max_images, adapter
-            )
-            answer = Answer(request, jobs, name, self.tokens, self.metrics, arrived)
+            jobs = await asyncio.get_running_loop().run_in_executor(self._pool, prepare, request, self.engine, adapter)
+            answer = Answer(request, jobs, name, self.engine.tokens, self.metrics, arrived)
             answer.begun = False
             self.active.add(answer)
             self._answers.update(dict.fromkeys(jobs, answer))
@@ -260,9 +246,9 @@ class Server:
                 if found is None:
                     continue
                 pinging = False
-                index, piece, logprobs, reason = found
-                if piece or logprobs:
-                    yield event(answer.chunk(index, {"content": piece}, logprobs))
+                index, delta, logprobs, reason = found
+                if delta:
+                    yield event(answer.chunk(index, delta, logprobs))
                 if reason:
                     yield event(answer.chunk(index, {}, reason=reason))
             answer.count()

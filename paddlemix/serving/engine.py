@@ -9,6 +9,9 @@ from pathlib import Path
 
 from paddlemix.errors import ConfigError, UserError
 
+from .media import Media, MediaRules
+from .prompts import reserved_tokens
+
 _SMALL = 20_000_000  # parameters
 
 _log = logging.getLogger("paddlemix.serving")
@@ -23,7 +26,8 @@ class Engine:
         deliver: called in the engine's thread with a list of (job, event) after each turn; event None: the job began to run.
 
     Attributes:
-        ready: set when requests can be served; then ``model``, ``tokenizer``, ``loop`` and ``adapters`` are there.
+        ready: set when requests can be served; then ``model``, ``tokenizer``, ``loop`` and ``adapters`` are there, and after
+            :meth:`get_ready` ``media``, ``tokens`` (bytes of each id) and ``reserved`` (tokens that nobody may write).
         failure: what loading ended in, or None.
     """
 
@@ -34,6 +38,19 @@ class Engine:
         self.beat = time.monotonic()  # when the loop last turned, for whoever checks that it lives
         self._wake, self._in, self._out, self._stopping = threading.Condition(), [], [], False
         self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def get_ready(self):
+        """Prepare what requests are read with, once the model is loaded."""
+        from paddlemix.models.blocks.decoding.forms import token_bytes
+
+        args = self.args
+        rules = MediaRules(
+            tuple(args.allowed_media_domains), args.allow_private_media, args.allowed_local_media_path, args.media_timeout,
+            int(args.max_media_mb * 2**20), args.max_num, args.num_segments,
+        )  # fmt: skip
+        self.media = Media(self.model.config, rules)
+        self.tokens = token_bytes(self.tokenizer, special=True)
+        self.reserved = reserved_tokens(self.tokenizer)
 
     def submit(self, jobs):
         """Let jobs wait for their turn; from any thread."""

@@ -1,6 +1,7 @@
 """Messages to a prompt: roles in turn, marks where pictures go, reserved tokens refused."""
 
 from paddlemix.errors import PromptError
+from paddlemix.models.blocks import thinking
 from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER
 
 from .protocol import RequestError
@@ -24,9 +25,11 @@ class Conversation:
         media: a :class:`~.media.Media`.
         reserved: tokens that texts must not hold.
         max_images: most pictures and frames.
+        template: the model's.
     """
 
-    def __init__(self, messages, media, reserved, max_images):
+    def __init__(self, messages, media, reserved, max_images, template):
+        self._template = template
         self.system, self.turns, self.pictures = None, [], []
         self._reserved = reserved
         parts = [self._split(m) for m in messages]
@@ -48,6 +51,8 @@ class Conversation:
                     labels += [f"Frame{i + 1}: " for i in range(len(frames))]
                 text = self._marked(text, labels)
                 self.pictures += found
+            elif role == "assistant":
+                text = thinking.remembered(template, self._allowed(message.thought).strip(), text)
             self._add(role, text, before)
             before = role if role != "system" else before
 
@@ -104,13 +109,15 @@ class Conversation:
         else:
             self.turns[-1] = (self.turns[-1][0], text)
 
-    def ids(self, model, tokenizer):
-        """Ids of the prompt.
+    def ids(self, model, tokenizer, thinks=False):
+        """Ids of the prompt; with ``thinks`` one that asks for a thought first, unless the request has a system message.
 
         Raises:
             RequestError: marks and pictures do not fit.
         """
-        template = model.template().with_system_message(self.system)
+        template = self._template.with_system_message(self.system)
+        if thinks and self.system is None and not template.channels:
+            template = template.with_system_message(thinking.SYSTEM_MESSAGE)
         counts = [len(tiles) * model.config.num_image_token for _, tiles in self.pictures]
         try:
             return model.prompt_ids(tokenizer, template, self.turns, counts)

@@ -55,6 +55,13 @@ class Message(_Part):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+
+    @property
+    def thought(self):
+        """What was thought before an answer, under either name."""
+        return self.reasoning or self.reasoning_content or ""
 
     @model_validator(mode="after")
     def _has_content(self):
@@ -93,6 +100,12 @@ class StructuredOutputs(_Part):
     choice: list[str] | None = None
 
 
+class TemplateOptions(_Part):
+    """vLLM's ``chat_template_kwargs``."""
+
+    enable_thinking: bool | None = None
+
+
 class ChatRequest(_Part):
     """A request; absent or null is the default, and fields that nobody knows are passed over."""
 
@@ -124,6 +137,12 @@ class ChatRequest(_Part):
     guided_json: Any = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
+    chat_template_kwargs: TemplateOptions | None = None
+
+    def thinks(self, default):
+        """Whether the model is to think first; ``default`` where the request does not say."""
+        wish = self.chat_template_kwargs and self.chat_template_kwargs.enable_thinking
+        return default if wish is None else wish
 
     @property
     def stops(self):

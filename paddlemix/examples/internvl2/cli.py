@@ -7,6 +7,7 @@ from pathlib import Path
 import paddlemix
 from paddlemix.commands import Parser
 from paddlemix.errors import PromptError, UserError
+from paddlemix.serving.flags import add_form_flags, form_of
 
 ROOT = Path(paddlemix.__file__).parent
 DEMO_MODEL = ROOT / "demo_model"
@@ -52,6 +53,7 @@ def make_parser(description):
     answer.add_argument(
         "--thinking", action="store_true", help="let InternVL3.5 think before it answers; the thought is printed apart"
     )
+    add_form_flags(answer)
     answer.add_argument("--stream", action="store_true", help="print the answer as it is generated")
     answer.add_argument("--interactive", action="store_true", help="go on asking in the same conversation")
     return parser
@@ -155,6 +157,8 @@ def run(args, text, paths, attach, finish=None, load=load_session):
 def _ask(session, args, question, pixels=None, counts=None):
     names = ("max_new_tokens", "min_new_tokens", "do_sample", "temperature", "top_k", "top_p", "seed", "repetition_penalty")
     options = {name: getattr(args, name) for name in names} | beams(args) | {"stop_strings": tuple(args.stop)}
+    if (form := form_of(args)) is not None:
+        options["form"] = form
     thinks = getattr(session, "thinking", False)
     if thinks:  # flags that were left alone take the values of the model's card
         from paddlemix.models.blocks.thinking import SAMPLING

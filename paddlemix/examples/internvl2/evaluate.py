@@ -73,9 +73,10 @@ def main(argv=None):
     if args.subtask:
         tasks = [with_options(task, subtask=args.subtask) for task in tasks]
 
+    from paddlemix.checkpoints.files import model_digest
     from paddlemix.checkpoints.hub import resolve
     from paddlemix.evaluation.local import LocalModel
-    from paddlemix.evaluation.runner import Settings, model_digest, run_task
+    from paddlemix.evaluation.runner import Settings, run_task
 
     names = "data_root dynamic max_num batch_size limit shuffle_seed cot temperature seed device dtype".split()
     directory = args.url or resolve(args.model_name_or_path)

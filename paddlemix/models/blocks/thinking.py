@@ -27,6 +27,13 @@ def splits(template, thinking):
     return template.channels or thinking
 
 
+def remembered(template, thought, answer):
+    """An answer of the history as the next prompt has it, with what was thought before it."""
+    if template.channels:
+        return template.in_channels(thought, answer)
+    return f"<think>\n{thought}\n</think>\n\n{answer}" if thought else answer
+
+
 class AnswerReader:
     """A :class:`~.generation.TextStream` that shows the answer alone and keeps the thought apart.
 
@@ -40,9 +47,10 @@ class AnswerReader:
         stopped: whether the answer is complete.
     """
 
-    def __init__(self, tokenizer, template, stop_strings=(), cuts=True):
+    def __init__(self, tokenizer, template, stop_strings=(), cuts=True, skip_special_tokens=True):
         self._tokenizer, self._channels = tokenizer, template.channels
-        self._answer, self._thought = TextStream(tokenizer, stop_strings, cuts), TextStream(tokenizer)
+        self._answer = TextStream(tokenizer, stop_strings, cuts, skip_special_tokens)
+        self._thought = TextStream(tokenizer)
         self.reasoning, self.stopped = "", False
         self._tokens, self._header = [], []
         names = ("<|channel|>", "<|message|>", "<|end|>") if self._channels else ("<think>", "</think>")

@@ -16,7 +16,7 @@ from paddlemix.checkpoints.hub import resolve
 from paddlemix.checkpoints.mxfp4 import without_mark
 from paddlemix.checkpoints.safetensors_files import parse_size
 from paddlemix.checkpoints.tensors import ARRAY_DTYPES, DTYPES
-from paddlemix.commands import Parser
+from paddlemix.commands import Parser, own_flags
 from paddlemix.errors import CheckpointError, command_main
 from paddlemix.files import read_json
 from paddlemix.tokenizers import load_tokenizer
@@ -171,7 +171,7 @@ def main(argv=None):
     )
     parser.add_argument("--overwrite", action="store_true", help="write into DST even if it is not empty")
     args = parser.parse_args(argv)
-    convert(**vars(args))
+    convert(**own_flags(args))
     print(f"written to {args.target}")
 
 

@@ -11,7 +11,7 @@ from paddlemix.checkpoints.contents import OpenFiles
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.checkpoints.safetensors_files import OutgoingTensor, write_safetensors
 from paddlemix.checkpoints.tensors import convert_dtype
-from paddlemix.commands import Parser
+from paddlemix.commands import Parser, own_flags
 from paddlemix.errors import CheckpointError, command_main
 from paddlemix.models.blocks.adapters import SCALE, adapter_names, is_stacked
 
@@ -87,7 +87,7 @@ def main(argv=None):
     parser.add_argument("target", metavar="DST", help="directory to write to; is made if it does not exist")
     parser.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file (default: %(default)s)")
     args = parser.parse_args(argv)
-    merge(**vars(args))
+    merge(**own_flags(args))
     print(f"written to {args.target}")
 
 

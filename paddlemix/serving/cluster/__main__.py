@@ -11,7 +11,8 @@ import os
 import sys
 
 from paddlemix.errors import ConfigError, command_main
-from paddlemix.serving.__main__ import _listen, _positive, _serve, make_parser, settle, start_log
+from paddlemix.serving.__main__ import _listen, _serve, make_parser, settle, start_log
+from paddlemix.serving.flags import positive
 
 
 def make_cluster_parser():
@@ -19,8 +20,8 @@ def make_cluster_parser():
     parser = make_parser()
     parser.description = __doc__
     add = parser.add_argument
-    add("--replicas", type=_positive, default=1, help="processes with a model each; with --max_replicas the least (default: 1)")
-    add("--max_replicas", type=_positive, default=None, help="let Ray Serve start up to so many by the load (default: no)")
+    add("--replicas", type=positive, default=1, help="processes with a model each; with --max_replicas the least (default: 1)")
+    add("--max_replicas", type=positive, default=None, help="let Ray Serve start up to so many by the load (default: no)")
     add("--target_ongoing_requests", type=float, default=8, help="of each replica, that scaling aims at (default: 8)")
     add("--address", default=None, help="of a running Ray cluster, or auto (default: a Ray of its own, here)")
     return parser

@@ -147,14 +147,21 @@ def grammar_of(spec):
         value = {"type": "object"} if value is True else value
         # Without free white space: small models would write blanks for ever.
         options = {"whitespace_flexible": False}
-        return llguidance.LLMatcher.grammar_from_json_schema(value, overrides=options)
+        return _grammar(llguidance.LLMatcher.grammar_from_json_schema, value, overrides=options)
     if kind == "regex":
         if not isinstance(value, str) or not value:
             raise PromptError("a regular expression must be a text that is not empty")
-        return llguidance.LLMatcher.grammar_from_regex(value)
+        return _grammar(llguidance.LLMatcher.grammar_from_regex, value)
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(c, str) and c for c in value):
         raise PromptError("choices must be a list of texts that are not empty")
     return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in value))
+
+
+def _grammar(make, value, **options):
+    try:
+        return make(value, **options)
+    except Exception as error:  # ValueError, and what its parser panics with
+        raise PromptError(f"the form of the answer cannot be compiled: {_first_line(error)}") from None
 
 
 class Form:
@@ -214,18 +221,27 @@ def compile_form(spec, tokenizer, stop, size=0):
     if isinstance(spec, Form):
         return spec
     vocabulary = _vocabulary(tokenizer, stop, size)
+    from .form_limits import check_limits
+
+    check_limits(spec)
+    return Form(compile_grammar(grammar_of(spec), vocabulary), stop)
+
+
+def compile_grammar(grammar, vocabulary):
+    """A walk through a grammar at its beginning.
+
+    Raises:
+        PromptError: it cannot be compiled.
+    """
     import llguidance
 
     try:
-        grammar = grammar_of(spec)
         walk = llguidance.LLMatcher(vocabulary, grammar)
-    except PromptError:
-        raise
     except Exception as error:  # the library raises ValueError, and what its parser panics with
         raise PromptError(f"the form of the answer cannot be compiled: {_first_line(error)}") from None
     if walk.is_error():
         raise PromptError(f"the form of the answer cannot be compiled: {_first_line(walk.get_error())}")
-    return Form(walk, stop)
+    return walk
 
 
 def _first_line(error):

@@ -31,6 +31,7 @@ class Job(Sequence):
         config: a :class:`~..generation.GenerationConfig`; ``max_new_tokens`` is cut to what the context has room for.
         stream: which of several answers with one seed this is.
         skip_special_tokens, strip, cuts: of the text, as :class:`~..generation.TextStream` takes them.
+        reader: what turns its ids into text in place of a ``TextStream``, such as :class:`~..thinking.AnswerReader`.
         answer: ids of the answer so far, without the one that ends it.
         image_hits: pictures whose features were there already.
     """
@@ -40,6 +41,7 @@ class Job(Sequence):
     skip_special_tokens: bool = True
     strip: bool = True
     cuts: bool = True
+    reader: object = None
     answer: list = field(default_factory=list)
     chooser: Chooser = None
     text: TextStream = None
@@ -135,7 +137,9 @@ class Loop:
     def add(self, job):
         """Let a job wait for its turn."""
         job.chooser = Chooser(job.config, job.stream)
-        job.text = TextStream(self.tokenizer, job.config.stop_strings, job.cuts, job.skip_special_tokens, job.strip)
+        job.text = job.reader or TextStream(
+            self.tokenizer, job.config.stop_strings, job.cuts, job.skip_special_tokens, job.strip
+        )
         self.scheduler.add(job)
 
     def remove(self, job):
