@@ -197,6 +197,8 @@ def test_what_has_no_such_form_by_its_settings(tmp_path, change, message):
     "change, message",
     [
         ({"model_type": "internvlu_chat"}, "not supported: InternVL-U"),
+        ({"model_type": "interns1"}, "'interns1' is not supported: Intern-S1 is"),
+        ({"model_type": "interns1_pro"}, "'interns1_pro' is not supported: Intern-S1-Pro is"),
         ({"text_config": {"model_type": "mistral"}}, "text_config.model_type is 'mistral'"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy"),
     ],
