@@ -32,6 +32,7 @@ class InternVLDataset:
 
     def __init__(self, sources, encoder, seed=0, skip=False):
         self.sources, self.encoder, self.seed, self.skip = sources, encoder, seed, skip
+        self.same_every_epoch = False  # whether what is random about a sample is decided for all epochs
         self._ends = np.cumsum([len(source) for source in sources])
 
     @classmethod
@@ -47,10 +48,10 @@ class InternVLDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, key):
-        """The sample of :meth:`SampleEncoder.encode` with two entries more.
+        """The sample of :meth:`SampleEncoder.encode` with three entries more.
 
-        ``name`` is where the record stands, ``file:line``. ``bad`` lists what was passed over on the way to it, dictionaries
-        with ``dataset``, ``file``, ``line`` and ``reason``.
+        ``name`` is where the record stands, ``file:line``, ``index`` its index. ``bad`` lists what was passed over on the way
+        to it, dictionaries with ``dataset``, ``file``, ``line`` and ``reason``.
 
         Raises:
             DataError: this record and many after it cannot be used.
@@ -65,7 +66,7 @@ class InternVLDataset:
             source, place = self.locate(current)
             try:
                 record = source.read(place)
-                rng = np.random.default_rng([self.seed, epoch, current])
+                rng = np.random.default_rng([self.seed, 0 if self.same_every_epoch else epoch, current])
                 sample = self.encoder.encode(record, source.data_augment, source.max_dynamic_patch, rng)
             except UserError as error:
                 file, line = source.where(place)
@@ -73,7 +74,7 @@ class InternVLDataset:
                 if self.skip:
                     return {"name": source.place(place), "bad": bad}
             else:
-                return {**sample, "name": source.place(place), "bad": bad}
+                return {**sample, "name": source.place(place), "index": current, "bad": bad}
         raise DataError(
             f"{len(bad)} records in a row cannot be used, the first of them {_sentence(bad[0])}; "
             "run python -m paddlemix.datasets.internvl2.check to see all that is wrong"

@@ -1,7 +1,8 @@
 """Pairs of answers to one question, of which one is preferred: records, token ids and batches.
 
-Three forms of a row are read: ``question``, ``chosen``, ``rejected`` and ``image`` (MMPR); ``messages``, whose last answer is
-the chosen one, and ``rejected_response``; ``prompt``, ``chosen``, ``rejected`` and ``images``, as other trainers have them.
+A row has ``question``, ``chosen``, ``rejected`` and ``image`` (MMPR); or ``messages``, whose last answer is the chosen one, and
+``rejected_response``; or ``prompt``, ``chosen``, ``rejected`` and ``images``, as other trainers have them, also
+without ``prompt`` where both answers are whole conversations. Each may have several rounds, ``system`` and a ``video``.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -59,15 +60,20 @@ def _with_chosen(row):
     """(the row as a record that ends in the chosen answer, in the form of conversations or of messages; rejected answer)."""
     others = {key: value for key, value in row.items() if key not in ("question", "prompt", "chosen", "rejected", "system")}
     if "messages" in row:
-        return others, row.get("rejected_response")
+        return _messages(others, row["messages"], row.get("system")), row.get("rejected_response")
     chosen = _answer(row.get("chosen"), "chosen")
-    if "prompt" in row:
-        asked = row["prompt"]
+    asked = row.get("prompt")
+    if asked is None and "question" not in row and all(map(_has_rounds, (row["chosen"], row.get("rejected")))):
+        asked = row["chosen"][:-1]
+        if asked != row["rejected"][:-1]:
+            raise DataError("'chosen' and 'rejected' differ before their last answers: a pair must be of one conversation")
+    if asked is not None:
         if isinstance(asked, str):
             asked = [{"role": "user", "content": asked}]
         elif not isinstance(asked, list):
             raise DataError("'prompt' must be a text, or a list of messages with 'role' and 'content'")
-        return {**others, "messages": [*asked, {"role": "assistant", "content": chosen}]}, row.get("rejected")
+        messages = [*asked, {"role": "assistant", "content": chosen}]
+        return _messages(others, messages, row.get("system")), row.get("rejected")
     question = row.get("question")
     if not isinstance(question, str):
         raise DataError("has no 'question', 'messages' or 'prompt': a pair needs one of them")
@@ -78,6 +84,24 @@ def _with_chosen(row):
     if isinstance(image, list) and len(image) == 1:
         (image,) = image
     return {**others, "conversations": turns, "image": image}, row.get("rejected")
+
+
+def _messages(others, messages, system):
+    """The row in the form of messages; a system text, one picture or one video may stand beside them."""
+    if isinstance(system, str) and system and isinstance(messages, list):
+        messages = [{"role": "system", "content": system}, *messages]
+    named = {}
+    for key in ("image", "video"):
+        value = others.pop(key, None)
+        if value:
+            if others.get(f"{key}s"):
+                raise DataError(f"has both '{key}' and '{key}s': name each once")
+            named[f"{key}s"] = value if isinstance(value, list) else [value]
+    return {**others, **named, "messages": messages}
+
+
+def _has_rounds(value):
+    return isinstance(value, list) and len(value) > 1
 
 
 def _answer(value, name):
@@ -167,6 +191,7 @@ class PairCollator(Collator):
         batch.update(self._tiles(samples, len(placed)))
         batch["tile_order"] = np.array(order, np.int64)
         batch["pairs"] = len(samples)
+        batch["index"] = np.array([sample.get("index", -1) for sample in samples], np.int64)
         batch["names"] = [sample["name"] for sample in samples]
         batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
         return batch

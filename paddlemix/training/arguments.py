@@ -20,6 +20,22 @@ def _arg(default, help, choices=None):
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
+REPORTS = ("visualdl", "tensorboard", "wandb")
+
+
+def targets(report_to):
+    """Names of :data:`REPORTS` in ``--report_to``, by commas; none for ``none``.
+
+    Raises:
+        ConfigError: a name is another.
+    """
+    names = list(dict.fromkeys(name.strip() for name in report_to.split(",") if name.strip()))
+    unknown = [name for name in names if name not in (*REPORTS, "none")]
+    if unknown or ("none" in names and len(names) > 1):
+        raise ConfigError(f"--report_to is '{report_to}': use one or more of {', '.join(REPORTS)}, by commas, or none")
+    return [name for name in names if name != "none"]
+
+
 @dataclass
 class ModelArguments:
     """Which model, and which of its parts learn."""
@@ -148,8 +164,12 @@ class PreTrainingArguments:
 
     logging_steps: int = _arg(500, "steps between two lines of the log")
     logging_first_step: bool = _arg(False, "log the first step too")
-    logging_dir: str | None = _arg(None, "directory for VisualDL; default: runs in --output_dir")
-    report_to: str = _arg("visualdl", "visualdl or none; train_log.jsonl is always written", ("visualdl", "none"))
+    logging_dir: str | None = _arg(None, "directory of curves; default: runs in --output_dir")
+    report_to: str = _arg(
+        "visualdl",
+        "where curves go, by commas: visualdl, tensorboard (files in --logging_dir), wandb (which sends them); or none. "
+        "train_log.jsonl is always written",
+    )
     disable_tqdm: bool = _arg(False, "no progress bar")
 
     evaluation_strategy: str = _arg("no", "when to compute the validation loss", ("no", "steps", "epoch"))
@@ -169,6 +189,7 @@ class PreTrainingArguments:
         for name in ("mm_projector_lr", "vit_lr", "vit_layer_decay_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be above 0")
+        targets(self.report_to)  # says what is wrong
         if self.fp16 and self.bf16:
             raise ConfigError("--fp16 and --bf16 exclude each other: use --bf16 where the device has it, --fp16 on V100")
         positive = "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps logging_steps save_steps"
@@ -201,6 +222,9 @@ class PreferenceArguments:
     beta: float = _arg(0.1, "how far the model may leave the reference; small is far")
     label_smoothing: float = _arg(0.0, "share of pairs whose preference may be wrong; for the loss sigmoid")
     reference_model: str | None = _arg(None, "checkpoint of the same shape to compare with; default: the start of the run")
+    precompute_reference: bool = _arg(
+        False, "compute what the reference says of all pairs once, before the first step, and keep it in the output directory"
+    )
 
     @property
     def weights(self):

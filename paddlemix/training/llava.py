@@ -96,9 +96,7 @@ class LlavaTrainingArguments(PreTrainingArguments):
     model_max_length: int = _arg(512, "longest sample in ids, a picture being one")
     gradient_checkpointing: bool = _arg(False, "same as --recompute")
     deepspeed: str | None = _arg(None, "DeepSpeed's configuration: its ZeRO stage is what --sharding says")
-    report_to: str = _arg(
-        "none", "visualdl, also for the original's words, or none", ("visualdl", "none", "tensorboard", "wandb")
-    )
+    report_to: str = _arg("none", "where curves go: visualdl, tensorboard, wandb, several by commas, or none")
     tf32: bool = _arg(False, _IGNORED)
     cache_dir: str | None = _arg(None, _IGNORED)
     local_rank: int = _arg(-1, _IGNORED)
@@ -109,8 +107,6 @@ class LlavaTrainingArguments(PreTrainingArguments):
         if self.deepspeed is not None and not self.sharding:
             self.sharding = zero_stage(self.deepspeed)
         self.recompute = self.recompute or self.gradient_checkpointing
-        if self.report_to in ("tensorboard", "wandb"):
-            self.report_to = "visualdl"
         self.group_by_length = self.group_by_length or self.group_by_modality_length
         if self.model_max_length < 2:
             raise ConfigError(f"--model_max_length is {self.model_max_length}: it must be at least 2")

@@ -1,5 +1,6 @@
-"""What a run says of itself: a progress bar, ``train_log.jsonl`` and VisualDL, with the speed that was reached."""
+"""What a run says of itself: a progress bar, ``train_log.jsonl`` and curves, with the speed that was reached."""
 
+import importlib
 import json
 import os
 import time
@@ -10,7 +11,10 @@ from tqdm import tqdm
 
 from paddlemix import device
 from paddlemix.errors import ConfigError
+from paddlemix.extras import how_to_install
 from paddlemix.models.blocks.flops import decoder_flops, vision_flops
+
+from .arguments import targets
 
 
 def training_flops(model, segments, labels, tiles):
@@ -55,6 +59,60 @@ def peak_flops(dtype, seconds=0.2):
     return best
 
 
+class _Curves:
+    """Points of curves for VisualDL or TensorBoard, in files of a folder."""
+
+    def __init__(self, writer):
+        self._writer = writer
+
+    def add(self, step, values):
+        """A point of each curve, ``{name: number}``."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self):
+        """Write what is left."""
+        self._writer.close()
+
+
+def _visualdl(folder, args):
+    return _Curves(_module("visualdl").LogWriter(logdir=folder))
+
+
+def _tensorboard(folder, args):
+    return _Curves(_module("tensorboardX").SummaryWriter(logdir=folder))
+
+
+class _Wandb:
+    """Points of curves for Weights & Biases; its environment variables (``WANDB_MODE``, ``WANDB_PROJECT``) say where to."""
+
+    def __init__(self, folder, args):
+        os.makedirs(folder, exist_ok=True)
+        name = os.path.basename(os.path.abspath(args.output_dir))
+        self._run = _module("wandb").init(project=os.environ.get("WANDB_PROJECT", "paddlemix"), name=name, dir=folder)
+
+    def add(self, step, values):
+        """As of the other writers."""
+        self._run.log(values, step=step)
+
+    def close(self):
+        """Send or write what is left."""
+        self._run.finish()
+
+
+WRITERS = {"visualdl": _visualdl, "tensorboard": _tensorboard, "wandb": _Wandb}
+
+
+def _module(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        extra = {"tensorboardX": "tensorboard", "wandb": "wandb"}.get(name)
+        raise ConfigError(
+            f"{name} is not installed, which --report_to {extra or name} needs: {how_to_install(name, extra)}, or use none"
+        ) from None
+
+
 class TrainLog:
     """Progress of a run; only the first process says anything.
 
@@ -74,13 +132,8 @@ class TrainLog:
         # What a killed run wrote after its last checkpoint happens again.
         with open(self.path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in kept)
-        self._writer = None
-        if args.report_to == "visualdl":
-            try:
-                from visualdl import LogWriter
-            except ImportError:
-                raise ConfigError("VisualDL is not installed: pip install visualdl, or use --report_to none") from None
-            self._writer = LogWriter(logdir=args.logging_dir or os.path.join(args.output_dir, "runs"))
+        places = args.logging_dir or os.path.join(args.output_dir, "runs")
+        self._writers = [WRITERS[name](places, args) for name in targets(args.report_to)]
         self._bar = tqdm(total=total, initial=done, disable=args.disable_tqdm, unit="step", dynamic_ncols=True)
 
     def step(self, loss):
@@ -96,8 +149,8 @@ class TrainLog:
         values = {name: value for name, value in values.items() if np.isfinite(value)}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **{k: _rounded(v) for k, v in values.items()}}) + "\n")
-        for name, value in values.items() if self._writer else ():
-            self._writer.add_scalar(tag=name, step=step, value=float(value))
+        for writer in self._writers:
+            writer.add(step, {name: float(value) for name, value in values.items()})
 
     def say(self, text):
         """A line above the progress bar."""
@@ -108,8 +161,8 @@ class TrainLog:
         """End the progress bar."""
         if self.active:
             self._bar.close()
-            if self._writer:
-                self._writer.close()
+            for writer in self._writers:
+                writer.close()
 
 
 def read_log(path):

@@ -4,9 +4,20 @@ A step's loss must not depend on how its samples are dealt over batches and proc
 it weighs, and gets the sums over the whole step when the loss is computed.
 """
 
+import contextlib
+
 
 class CausalObjective:
-    """Mean cross entropy over the labelled tokens of a step."""
+    """Mean cross entropy over the labelled tokens of a step.
+
+    Attributes:
+        holding: makes a context in which all weights can be used, not in the model's forward pass alone; the trainer sets it.
+    """
+
+    holding = staticmethod(contextlib.nullcontext)
+
+    def prepare(self, trainer, data):
+        """Called once before the first step, by all processes."""
 
     def weights(self, batch):
         """What a batch weighs, a list of numbers: here the sum of the weights of its labels."""

@@ -19,7 +19,8 @@ from paddlemix.models.blocks.lora import merge_lora
 from paddlemix.models.blocks.losses import label_losses
 
 from .building import train_mode
-from .trainer import ChatRecipe
+from .recipe import ChatRecipe
+from .reference_store import ReferenceStore
 
 __all__ = ["LOSS_TYPES", "PreferenceLoss", "PreferenceObjective", "PreferenceRecipe", "Reference", "encode_preference"]
 
@@ -129,10 +130,12 @@ class Reference:
         parameters = dict(model.named_parameters())
         if start is None:
             start = {name: parameter for name, parameter in parameters.items() if not parameter.stop_gradient}
-        self._parameters = {name: parameters[name] for name in start}
-        self._start = {name: _copy(value, parameters[name]) for name, value in start.items()}
         # With the same tower, what it sees is the same, before the projector.
         self.shares_vision = not any(name.startswith("vision_model.") for name in start)
+        # With stage 3 an owner alone has a weight, and gives its copy to the others as it gives the weight.
+        start = {name: value for name, value in start.items() if parameters[name]._is_initialized()}
+        self._parameters = {name: parameters[name] for name in start}
+        self._start = {name: _copy(value, parameters[name]) for name, value in start.items()}
 
     @contextlib.contextmanager
     def in_place(self):
@@ -166,10 +169,16 @@ class PreferenceObjective:
         loss: a :class:`PreferenceLoss`.
         reference: a :class:`Reference`, or a function from a batch to ``(chosen, rejected)`` log-probabilities, arrays ``[n]``.
         rpo_alpha: weight of the cross entropy of the chosen answers.
+        store: a :class:`~.reference_store.ReferenceStore` that keeps what the reference says of the training data; None for
+            asking it in every step.
+        validates: whether the reference is needed for held-out pairs too.
     """
 
-    def __init__(self, loss, reference, rpo_alpha=1.0):
+    holding = staticmethod(contextlib.nullcontext)  # see CausalObjective
+
+    def __init__(self, loss, reference, rpo_alpha=1.0, store=None, validates=False):
         self.preference, self.reference, self.rpo_alpha = loss, reference, rpo_alpha
+        self.store, self.validates, self.known = store, validates, None
         self._noted = {True: [], False: []}  # of training and of validation
 
     def weights(self, batch):
@@ -180,9 +189,11 @@ class PreferenceObjective:
     def loss(self, model, batch, totals, update=True):
         """This batch's share of the step's loss; ``totals`` are :meth:`weights`, summed over the step and all processes."""
         pairs = batch["pairs"]
-        with self._tower_once(model, batch) as pixels:
-            base = self._reference_logps(model, batch, pixels)
-            logps, counts, head, hidden = log_probabilities(model, batch, pixels)
+        with self._tower_once(model, batch, update) as pixels:
+            base = self._reference_logps(model, batch, pixels, update)
+            with self.holding():
+                logps, counts, head, hidden = log_probabilities(model, batch, pixels)
+                logits = self._mean_logits(batch, head, hidden) if pairs else None
         if not pairs:  # all that were drawn are bad; the others' mean counts none of this process's rewards
             self.preference(*[np.zeros(0, "float32")] * 4, update=update)
             return hidden.sum().astype("float32") * 0
@@ -191,24 +202,36 @@ class PreferenceObjective:
         losses, chosen_rewards, rejected_rewards = self.preference(chosen, rejected, *base, lengths, update)
         nll = -1 * chosen.sum()
         rewards = chosen_rewards.numpy(), rejected_rewards.numpy()
-        logits = self._mean_logits(batch, head, hidden)
         self._noted[update].append(_sums(chosen, rejected, *rewards, logits, float(nll.detach()), counts))
         return losses.sum() * (1 / max(totals[0], 1)) + self.rpo_alpha * nll * (1 / max(totals[1], 1))
 
     @contextlib.contextmanager
-    def _tower_once(self, model, batch):
+    def _tower_once(self, model, batch, update=True):
         """The pixels as a tensor; within the block a frozen tower looks at them once, for policy and reference alike."""
         pixels = None if "pixel_values" not in batch else pixel_tensor(batch["pixel_values"])
-        shares = isinstance(self.reference, Reference) and self.reference.shares_vision
+        asked = isinstance(self.reference, Reference) and (self.known is None or not update)
+        shares = asked and self.reference.shares_vision
         with model.remembering_patches() if shares and pixels is not None else contextlib.nullcontext():
             yield pixels
 
-    def _reference_logps(self, model, batch, pixels):
+    def _reference_logps(self, model, batch, pixels, update=True):
+        if self.known is not None and update:
+            return tuple(self.known[batch["index"]].T)
         if not isinstance(self.reference, Reference):
             return self.reference(batch)
-        with self.reference.in_place():
+        with self.reference.in_place(), self.holding():
             logps, _, _, _ = log_probabilities(model, batch, pixels)
         return logps[: batch["pairs"]], logps[batch["pairs"] :]
+
+    def prepare(self, trainer, data):
+        """With ``store``: let the reference look at all pairs of the training data, and let go of it."""
+        if self.validates and trainer.weights:
+            raise ConfigError("--sharding stage3 has no --eval_meta_path in preference training: leave one of them out")
+        if self.store is None:
+            return
+        self.known = self.store.fill(self, trainer, data)
+        if not self.validates:
+            self.reference = None
 
     @staticmethod
     def _mean_logits(batch, head, hidden):
@@ -294,7 +317,7 @@ class PreferenceRecipe(ChatRecipe):
     skip, drawn = True, True
 
     def __init__(self, model_args, preference):
-        self.model_args, self.preference = model_args, preference
+        self.model_args, self.preference, self._validates = model_args, preference, False
         self._loss(None)  # says at once what is wrong
 
     def _loss(self, total):
@@ -306,7 +329,22 @@ class PreferenceRecipe(ChatRecipe):
         start, other = None, self.preference.reference_model
         if other or resumed:
             start = _start(model, other or self.model_args.model_name_or_path, not other)
-        return PreferenceObjective(self._loss(processes.sum), Reference(model, start), self.preference.rpo_alpha)
+        store = None
+        if self.preference.precompute_reference:
+            store = ReferenceStore(other or self.model_args.model_name_or_path)
+        loss = self._loss(processes.sum)
+        return PreferenceObjective(loss, Reference(model, start), self.preference.rpo_alpha, store, self._validates)
+
+    def validation(self, model, tokenizer, data_args, seed):
+        """See :meth:`ChatRecipe.validation`."""
+        self._validates = True
+        return super().validation(model, tokenizer, data_args, seed)
+
+    def dataset(self, model, tokenizer, data_args, seed):
+        """See :meth:`ChatRecipe.dataset`."""
+        dataset = super().dataset(model, tokenizer, data_args, seed)
+        dataset.same_every_epoch = self.preference.precompute_reference
+        return dataset
 
 
 def _start(model, name, learned_alone):
@@ -322,6 +360,7 @@ def _start(model, name, learned_alone):
     """
     if name is None:
         raise ConfigError("the reference of a resumed run is its start, which was put together: name it by --reference_model")
+    here = {key for key, parameter in model.named_parameters() if parameter._is_initialized()}  # not all with stage 3
     start = type(model).from_pretrained(name, dtype=str(model.mlp1["1"].weight.dtype).removeprefix("paddle."), engine="eager")
     same_adapters = all(
         getattr(start.config, key) == getattr(model.config, key) for key in ("use_llm_lora", "use_backbone_lora")
@@ -330,7 +369,7 @@ def _start(model, name, learned_alone):
         merge_lora(start)
     stored, values = dict(start.named_parameters()), {}
     for key, parameter in model.named_parameters():
-        if learned_alone and parameter.stop_gradient:
+        if key not in here or (learned_alone and parameter.stop_gradient):
             continue
         if key in stored:
             if stored[key].shape != parameter.shape:

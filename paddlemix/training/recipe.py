@@ -32,6 +32,7 @@ class SampledBatches:
 
     def __init__(self, sampler, loader):
         self.sampler, self.loader = sampler, loader
+        self.dataset, self.collate = loader.dataset, loader.collate
 
     def start(self, step, states):
         """Batches from a step on."""
@@ -60,6 +61,7 @@ class PackedRows:
 
     def __init__(self, batches):
         self.batches = batches
+        self.dataset, self.collate = batches.dataset, batches.collator
 
     def start(self, step, states):
         """Batches from where the ``states`` of all processes were taken on."""

@@ -9,6 +9,7 @@ Collectives must come in the same order in all processes, however their batches 
 everywhere, and each once: tiles of a frozen tower are cut into groups inside a block rather than around the tower.
 """
 
+import contextlib
 import functools
 import sys
 
@@ -45,8 +46,21 @@ class ShardedWeights:
         self._used = [blocks[layer] for layer in (*used, *decoder)]
         inside = {name for block in blocks.values() for name in block}
         self._outside = [name for name in self.parameters if name not in inside]
+        self._held = False
         model.forward = self._from_here_on(model.forward)
         self._release(self.parameters)
+
+    @contextlib.contextmanager
+    def hold(self):
+        """Within the block what is outside the transformer blocks is whole, not in the model's forward pass alone."""
+        self._gather(self._outside)
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+            if not paddle.is_grad_enabled():  # with gradients the backward pass needs it
+                self._release(self._outside)
 
     @paddle.no_grad()
     def _gather(self, names):
@@ -73,6 +87,8 @@ class ShardedWeights:
 
     def _from_here_on(self, forward):
         def gathered(**inputs):
+            if self._held:
+                return forward(**inputs)
             self._gather(self._outside)
             output = forward(**inputs)
             if not paddle.is_grad_enabled():

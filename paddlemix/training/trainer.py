@@ -123,18 +123,25 @@ class Trainer:
 
     def __init__(self, model, parameters, args, processes, total, decays=None, rates=None, objective=None):
         self.model, self.args, self.processes, self.total = model, args, processes, total
-        self.objective = objective or CausalObjective()
         self.optimizer = Optimizer(parameters, args, decays, rates)
         self.weights = ShardedWeights(model, self.optimizer) if self.optimizer.stage == 3 else None
         self.half = None if device.is_cpu() else args.half
+        self.set_objective(objective or CausalObjective())
 
-    def _autocast(self):
+    def set_objective(self, objective):
+        """Make this what a step makes small."""
+        self.objective = objective
+        if self.weights:
+            objective.holding = self.weights.hold
+
+    def autocast(self):
+        """A context in which products are computed in half precision, if that is asked for."""
         if self.half is None or self.args.fp16_opt_level == "O2":  # O2: the weights' own dtype decides
             return contextlib.nullcontext()
         return paddle.amp.auto_cast(level="O1", dtype=self.half)
 
     def _loss(self, batch, totals, update=True):
-        with self._autocast():
+        with self.autocast():
             return self.objective.loss(self.model, batch, totals, update)
 
     def step(self, number, batches):
@@ -248,8 +255,8 @@ def finetune(model_args, data_args, args, recipe=None):
     data, total = training_data(model, tokenizer, data_args, args, processes, recipe) if args.do_train else (None, 0)
     validation = validation_data(model, tokenizer, data_args, args, processes, recipe)
     rates = learning_rates(args, len(model.vision_model.encoder.layers))
-    objective = recipe.objective(model, bool(resumed), processes)
-    trainer = Trainer(model, trained, args, processes, total, rates=rates, objective=objective)
+    trainer = Trainer(model, trained, args, processes, total, rates=rates)
+    trainer.set_objective(recipe.objective(model, bool(resumed), processes))  # of weights that are divided by now
     trainer.write = recipe.save_model
     done, states = 0, None
     if resumed and args.do_train and not args.ignore_load_lr_and_optim:
@@ -269,6 +276,7 @@ def finetune(model_args, data_args, args, recipe=None):
             bad_samples = BadSampleLog(os.path.join(args.output_dir, "bad_samples.jsonl"), data_args.max_bad_samples)
             run = _Run(trainer, data, validation, checkpoints, log, (tokenizer, source), bad_samples)
             if args.do_train:
+                trainer.objective.prepare(trainer, data)
                 run.train(done, states, interrupted)
             elif args.do_eval and validation:
                 run.evaluate(done)

@@ -169,6 +169,36 @@ def test_visualdl_gets_every_curve(tmp_path):
     ]
 
 
+def test_tensorboard_and_visualdl_get_the_same_curves(tmp_path):
+    tensorboard = pytest.importorskip("tensorboardX")
+    run(tmp_path, "--report_to", "tensorboard,visualdl", "--max_steps", "2")
+    from tensorboardX.proto import event_pb2
+    from tensorboardX.record_writer import masked_crc32c
+
+    files = sorted((tmp_path / "out" / "runs").iterdir())
+    assert len(files) == 2 and tensorboard.__version__
+    stored = next(file for file in files if "tfevents" in file.name).read_bytes()
+    found = {}
+    while stored:  # length, its check sum, an event, its check sum
+        length = int.from_bytes(stored[:8], "little")
+        content = stored[12 : 12 + length]
+        assert int.from_bytes(stored[12 + length : 16 + length], "little") == masked_crc32c(content)
+        event = event_pb2.Event.FromString(content)
+        found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+        stored = stored[16 + length :]
+    assert {step: found["loss", step] for step in (1, 2)} == pytest.approx(losses(tmp_path), rel=1e-5)
+
+
+def test_what_curves_need_is_told_and_nothing_is_sent_unasked(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    run(tmp_path, "--max_steps", "1")  # needs none
+    with pytest.raises(ConfigError, match=r"wandb is not installed, .* pip install 'paddlemix\[wandb\]'"):
+        run(tmp_path, "--report_to", "wandb", "--max_steps", "1", output="other")
+    for wrong in ("tensorbord", "visualdl,none", "wandb,x"):
+        with pytest.raises(ConfigError, match="use one or more of visualdl, tensorboard, wandb"):
+            parse(flags(tmp_path, "--report_to", wrong))
+
+
 def test_settings_of_the_run_are_those_of_the_model_afterwards(tmp_path):
     run(tmp_path, "--max_steps", "1", "--vision_select_layer", "-2", "--max_dynamic_patch", "2", "--use_thumbnail", "False")
     config = json.load(open(tmp_path / "out" / "config.json"))

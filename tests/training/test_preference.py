@@ -228,6 +228,44 @@ def test_other_forms_are_the_same_pair():
     assert len({repr(parse_preference(json.dumps(row).encode(), "r")) for row in rows}) == 1
 
 
+def test_rounds_system_and_video_in_every_form():
+    turns = [("user", "<video>\nWho?"), ("assistant", "A cat."), ("user", "Sure?")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    good, bad = ({"role": "assistant", "content": text} for text in ("Yes.", "No."))
+    rows = [
+        {"messages": [*messages, good], "rejected_response": "No.", "video": "v.mp4", "system": "Be short."},
+        {
+            "messages": [{"role": "system", "content": "Be short."}, *messages, good],
+            "rejected_response": "No.",
+            "videos": ["v.mp4"],
+        },
+        {"prompt": messages, "chosen": "Yes.", "rejected": "No.", "video": "v.mp4", "system": "Be short."},
+        {"prompt": messages, "chosen": [good], "rejected": [bad], "videos": ["v.mp4"], "system": "Be short."},
+        {"chosen": [*messages, good], "rejected": [*messages, bad], "videos": ["v.mp4"], "system": "Be short."},
+    ]
+    records = [parse_preference(json.dumps(row).encode(), "r") for row in rows]
+    assert len({repr(record) for record in records}) == 1
+    record = records[0]
+    assert [turn["from"] for turn in record.conversations] == ["system", "human", "gpt", "human", "gpt"]
+    assert record.video == "r/v.mp4" and record.side(False)[-1]["value"] == "No." and record.side(False)[2]["value"] == "A cat."
+    rows[-1]["rejected"] = [*messages[:-1], bad]
+    with pytest.raises(DataError, match="differ before their last answers"):
+        parse_preference(json.dumps(rows[-1]).encode())
+
+
+def test_labels_of_a_pair_of_several_rounds_are_those_of_its_last_answer_and_of_the_shared_ones():
+    """Both sides are encoded as fine-tuning encodes them, so what they share has the same ids and labels."""
+    tokenizer = load_tokenizer(CHECKPOINT)
+    row = {
+        "messages": [
+            {"role": r, "content": t} for r, t in (("user", "a?"), ("assistant", "b."), ("user", "c?"), ("assistant", "yes"))
+        ]
+    }
+    (a, x), (b, y) = encode_preference({**row, "rejected_response": "no"}, tokenizer, EXPECTED["template"], [])
+    same = next(i for i, (one, other) in enumerate(zip(a, b)) if one != other)
+    assert same > 0.6 * len(a) and x[:same] == y[:same]
+
+
 def write_pairs(folder, count=4):
     """A meta file of pairs about drawn pictures."""
     rows = [dict(EXPECTED["records"][0], chosen=f"It is {i}.", rejected="No.") for i in range(count)]
@@ -237,7 +275,7 @@ def write_pairs(folder, count=4):
     return folder / "meta.json"
 
 
-def run(folder, output, *flags, code=0):
+def start(folder, output, *flags):
     import os
     import subprocess
     import sys
@@ -252,10 +290,16 @@ def run(folder, output, *flags, code=0):
         "--max_dynamic_patch 4 --dynamic_image_size True --use_thumbnail True --learning_rate 1e-4 --group_by_length False "
     )
     call = [sys.executable, command.__file__, *given.split(), *map(str, flags)]
-    done = subprocess.run(call, capture_output=True, text=True, timeout=300, env=os.environ)
-    assert done.returncode == code, done.stderr[-3000:]
+    return subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ)
+
+
+def run(folder, output, *flags, code=0):
+    """Lines of the log, or what a run says that fails."""
+    process = start(folder, output, *flags)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == code, told[-3000:]
     if code:
-        return done.stderr
+        return told
     lines = (output / "train_log.jsonl").read_text().splitlines()
     return [entry for entry in map(json.loads, lines) if "loss" in entry]
 
@@ -300,6 +344,68 @@ def test_packed_and_lora(tmp_path, flags):
     assert told[0]["rewards/chosen"] == pytest.approx(0, abs=1e-5)
     assert told[0]["loss"] == pytest.approx(0.8 * np.log(2) + 0.2 * 2 * np.log(2) + told[0]["nll_loss"], rel=1e-4)
     assert told[-1]["rewards/margins"] > 0
+
+
+NAMES = ("loss", "rewards/chosen", "rewards/margins", "logps/chosen", "nll_loss", "running_mean")
+
+
+def assert_same(one, other, tolerance=1e-5):
+    for a, b in zip(one, other, strict=True):
+        for name in NAMES:
+            assert a[name] == pytest.approx(b[name], rel=tolerance, abs=1e-6), name
+
+
+@pytest.mark.slow
+def test_precomputed_reference_equals_the_live_one(tmp_path):
+    """Of one and of two processes, over two epochs; half of what was computed is taken over, and after a kill all of it."""
+    write_pairs(tmp_path)
+    flags = ["--per_device_train_batch_size", 2, "--max_steps", 4, "--save_steps", 2]
+    live = run(tmp_path, tmp_path / "live", *flags)
+    assert_same(run(tmp_path, tmp_path / "before", *flags, "--precompute_reference"), live)
+    (stored,) = (tmp_path / "before").glob("reference-*.npy")
+    known = np.load(stored)
+    assert known.shape == (4, 2) and np.isfinite(known).all()
+    np.testing.assert_allclose(known[:, 0].mean(), live[0]["logps/chosen"], atol=12)  # of two of the four
+    marked = known.copy()
+    marked[:2], marked[2:] = np.nan, known[2:] - 5  # the first half is computed again, the second taken as it is
+    (tmp_path / "half").mkdir()
+    np.save(tmp_path / "half" / stored.name, marked)
+    run(tmp_path, tmp_path / "half", *flags, "--precompute_reference")
+    again = np.load(tmp_path / "half" / stored.name)
+    np.testing.assert_allclose(again[:2], known[:2], rtol=1e-5)
+    np.testing.assert_array_equal(again[2:], marked[2:])
+    two = ["--per_device_train_batch_size", 1, "--max_steps", 4, "--devices", 2]
+    assert_same(run(tmp_path, tmp_path / "two", *two, "--precompute_reference"), live, 5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--precompute_reference"]])
+def test_stage3_equals_one_process(tmp_path, more):
+    """Weights divided over two processes, the reference's copies with them."""
+    write_pairs(tmp_path)
+    one = run(tmp_path, tmp_path / "one", "--per_device_train_batch_size", 2, "--max_steps", 3)
+    flags = ["--per_device_train_batch_size", 1, "--max_steps", 3, "--devices", 2, "--sharding", "stage3", *more]
+    assert_same(run(tmp_path, tmp_path / "two", *flags), one, 5e-5)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed(tmp_path):
+    """After kill -9 the same command goes on, with the losses and the running mean of a run that was left alone."""
+    import signal
+    import time
+
+    write_pairs(tmp_path)
+    flags = ["--per_device_train_batch_size", 1, "--max_steps", 8, "--save_steps", 2]
+    whole = run(tmp_path, tmp_path / "whole", *flags)
+    process = start(tmp_path, tmp_path / "killed", *flags)
+    log = tmp_path / "killed/train_log.jsonl"
+    while process.poll() is None:
+        time.sleep(0.05)
+        if (tmp_path / "killed/checkpoint-4").exists() and log.read_text().count("\n") >= 5:
+            process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed/config.json").exists()  # it was not done
+    assert_same(run(tmp_path, tmp_path / "killed", *flags), whole)
 
 
 def test_command_refuses_in_one_sentence(tmp_path):

@@ -6,6 +6,7 @@ decodes every picture and video and encodes every conversation as training would
 ``file:line: reason``; then the exit code is 1. What is likely a mistake, such as boxes that are not in thousandths, records
 that repeat or answers that are all equal, is a warning with its count and three examples a data set. The report folder gets all
 problems (problems.jsonl), the counts and the warnings (report.json) and a picture of how long the samples are (lengths.png).
+With ``--pairs`` the records are pairs for preference training; answers.png shows how long the chosen and the rejected ones are.
 Use the values that you will train with.
 """
 
@@ -24,8 +25,10 @@ from tqdm import tqdm
 import paddlemix
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.commands import Parser
+from paddlemix.datasets.preference import PreferenceEncoder, answered, parse_preference
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import ConfigError, UserError, command_main
+from paddlemix.models.blocks.conversation import IGNORE_INDEX
 from paddlemix.models.internvl2 import InternVLChatConfig, load_tokenizer
 
 from . import doubts as doubtful
@@ -45,6 +48,7 @@ class Finding:
     cut: bool = False
     reason: str | None = None
     doubts: Doubts | None = None
+    answers: tuple = ()  # tokens of the chosen and of the rejected answer of a pair
 
 
 def check_record(source, index, encoder):
@@ -60,10 +64,13 @@ def check_record(source, index, encoder):
             found.doubts = look_at(record, sizes)
         tiles = [encoder.count_tiles(size, bound, record) for size in sizes]
         found.tiles = sum(tiles)
-        ids, labels = encoder.encode_whole_text(record, tiles)
-        found.tokens = len(ids)
-        kept, _ = encoder.fit(record, ids, labels)
-        found.cut = len(kept) < len(ids)
+        sides = [record] if encoder.answers == 1 else [answered(record, chosen) for chosen in (True, False)]
+        for side in sides:
+            ids, labels = encoder.encode_whole_text(side, tiles)
+            found.tokens += len(ids)
+            found.answers += (sum(label != IGNORE_INDEX for label in labels),)
+            kept, _ = encoder.fit(side, ids, labels)
+            found.cut = found.cut or len(kept) < len(ids)
     except UserError as error:
         found.reason = str(error)
     return found
@@ -86,6 +93,10 @@ def summarize(source, findings):
     for name in ("turned", "transparent"):
         summary[name] = sum(getattr(doubts, name) for doubts in found if doubts is not None)
     summary["warnings"] = doubtful.summarize(found, source.line)
+    pairs = [found.answers for found in good if len(found.answers) == 2]
+    if pairs:
+        means = np.mean(pairs, axis=0)
+        summary["answer_tokens"] = {"chosen": round(float(means[0]), 1), "rejected": round(float(means[1]), 1)}
     for name in ("tokens", "tiles"):
         values = np.array([getattr(found, name) for found in good] or [0])
         mean, p95, most = float(values.mean()), float(np.percentile(values, 95)), int(values.max())
@@ -109,6 +120,29 @@ def draw_lengths(findings, max_seq_length, path):
         if name == "tokens" and values.max() > max_seq_length / 2:
             axes.axvline(max_seq_length, color="tab:red", label=f"max_seq_length {max_seq_length}")
             axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_answers(findings, path):
+    """Draw how long the answers of the usable pairs among ``findings`` are, chosen against rejected, as a PNG.
+
+    A model that learns from pairs of unlike lengths learns to be short or long before it learns anything else.
+    """
+    from matplotlib.figure import Figure
+
+    chosen, rejected = np.array([found.answers for found in findings if found.reason is None] or [(0, 0)]).T
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    both, each = figure.subplots(1, 2)
+    most = int(max(chosen.max(), rejected.max())) + 1
+    bins = np.linspace(0, most, min(most, 50) + 1)
+    for name, values in (("chosen", chosen), ("rejected", rejected)):
+        both.hist(values, bins=bins, alpha=0.6, label=f"{name}, mean {values.mean():.1f}")
+    both.set(xlabel="tokens of an answer", ylabel="pairs")
+    both.legend()
+    each.scatter(chosen, rejected, s=4, alpha=0.4)
+    each.plot([0, most], [0, most], color="tab:red", linewidth=0.8)
+    each.set(xlabel="tokens of the chosen answer", ylabel="tokens of the rejected one")
+    each.set_title(f"the chosen one is longer in {(chosen > rejected).mean():.0%}")
     figure.savefig(path, dpi=120)
 
 
@@ -163,7 +197,7 @@ def _encoder(args):
         sampling_method="middle",
         **changes,
     )
-    return SampleEncoder(load_tokenizer(directory), template, options)
+    return (PreferenceEncoder if args.pairs else SampleEncoder)(load_tokenizer(directory), template, options)
 
 
 def _boolean(text):
@@ -179,6 +213,11 @@ def _parser():
         "--model_name_or_path",
         default=str(DEMO_MODEL),
         help="the checkpoint that will be trained (default: the bundled demo model, whose tiles are small)",
+    )
+    parser.add_argument(
+        "--pairs",
+        action="store_true",
+        help="the records are pairs for preference training (docs/mpo.md); tokens are of both answers",
     )
     parser.add_argument("--max_seq_length", type=int, default=4096, help="longest sample in tokens (default: 4096)")
     parser.add_argument("--output", default="data_report", help="folder for the report (default: data_report)")
@@ -209,7 +248,7 @@ def main(argv=None):
     """Parse the command line, check, report; exit code 1 if a record cannot be used."""
     args = _parser().parse_args(argv)
     encoder = _encoder(args)
-    sources = read_meta(args.meta, domains=args.allowed_media_domains)
+    sources = read_meta(args.meta, parse_preference if args.pairs else None, domains=args.allowed_media_domains)
     options = encoder.options
     print(
         f"checkpoint {args.model_name_or_path}: template {encoder.template.name}, tiles of {options.image_size} pixels and "
@@ -231,6 +270,8 @@ def main(argv=None):
     (output / "report.json").write_text(json.dumps(summaries, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     everything = [finding for found in findings for finding in found]
     draw_lengths(everything, args.max_seq_length, output / "lengths.png")
+    if args.pairs:
+        draw_answers(everything, output / "answers.png")
 
     _print_table(summaries)
     for problem in problems[: args.max_problems]:

@@ -239,3 +239,37 @@ def test_turned_and_transparent_pictures_are_counted(tmp_path, capsys):
     report = json.loads((tmp_path / "report" / "report.json").read_text())["set"]
     assert (report["turned"], report["transparent"]) == (1, 1)
     assert "1 picture(s) that EXIF data turn and 1 with transparency" in capsys.readouterr().out
+
+
+def test_pairs_that_are_equal_empty_or_too_long_are_named(tmp_path, capsys):
+    """And the lengths of the others are those of their answers, also in a picture."""
+    question = {"question": "Which?"}
+    rows = [
+        {**question, "chosen": "yes", "rejected": "no"},
+        {**question, "chosen": "same", "rejected": "same"},
+        {**question, "chosen": " ", "rejected": "no"},
+        {"question": "long " * 300, "chosen": "a", "rejected": "b"},
+        {**question, "chosen": "yes", "rejected": "no " * 200},
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "meta.json").write_text(json.dumps({"pairs": {"annotation": str(tmp_path / "pairs.jsonl")}}))
+    given = [
+        str(tmp_path / "meta.json"),
+        "--pairs",
+        "--output",
+        str(tmp_path / "out"),
+        "--workers",
+        "1",
+        "--max_seq_length",
+        "120",
+    ]
+    with pytest.raises(SystemExit):
+        check.main(given)
+    told = capsys.readouterr().out
+    for line, reason in ((2, "two equal answers"), (3, "no text as 'chosen'"), (4, "no token of an answer within")):
+        assert f"pairs.jsonl:{line}: " in told and reason in told
+    report = json.loads((tmp_path / "out/report.json").read_text())["pairs"]
+    assert (report["records"], report["bad"], report["cut_to_max_seq_length"]) == (5, 3, 1)
+    assert report["answer_tokens"]["chosen"] < report["answer_tokens"]["rejected"]
+    with Image.open(tmp_path / "out/answers.png") as picture:
+        assert picture.size == (1200, 480)
