@@ -18,10 +18,10 @@ MEDIUM = (
     "checkpoints/test_hub.py datasets/internvl2/test_check.py models/blocks/test_engine.py models/internvl2/test_chat.py"
 ).split()
 
-# The reference was resized by Pillow 13, which Python 3.10 cannot have. Earlier ones differ by a grey level here and there:
-# pixels by that, and logits of pictures by less than this, relative to the largest. Answers are the same.
+# The reference was resized by Pillow 13, which Python 3.10 cannot have. Earlier ones differ by a grey level here and there, by
+# up to three in a few pixels; features and logits of pictures by less than this, relative to the largest. Answers are the same.
 SAME_PILLOW = int(PIL.__version__.split(".")[0]) >= 13
-PICTURE_TOLERANCE = 1e-4 if SAME_PILLOW else 2e-3
+PICTURE_TOLERANCE = 1e-4 if SAME_PILLOW else 5e-3
 
 DATA = Path(__file__).parent / "data"
 REFERENCE = DATA / "reference"
@@ -95,3 +95,15 @@ def assert_close(actual, expected, tolerance=1e-4):
     assert actual.shape == expected.shape
     error = np.abs(actual - expected).max() / np.abs(expected).max()
     assert error < tolerance, f"relative error {error:.2e}"
+
+
+def assert_pixels(actual, expected, deviation):
+    """Normalised pixels are equal; below Pillow 13 within three grey levels, and one but for a thousandth of them.
+
+    Args:
+        deviation: the smallest that pixels in 0..1 were divided by.
+    """
+    assert actual.shape == expected.shape
+    levels = np.abs(actual - expected) * 255 * deviation
+    assert levels.max() < (1e-3 if SAME_PILLOW else 3.01)
+    assert (levels > 1.01).mean() < 1e-3
