@@ -229,6 +229,8 @@ class PreferenceObjective:
             raise ConfigError("--sharding stage3 has no --eval_meta_path in preference training: leave one of them out")
         if self.store is None:
             return
+        if trainer.weights:
+            raise ConfigError("--precompute_reference is not supported with --sharding stage3 yet: leave one of them out")
         self.known = self.store.fill(self, trainer, data)
         if not self.validates:
             self.reference = None

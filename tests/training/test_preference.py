@@ -379,12 +379,11 @@ def test_precomputed_reference_equals_the_live_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--precompute_reference"]])
-def test_stage3_equals_one_process(tmp_path, more):
+def test_stage3_equals_one_process(tmp_path):
     """Weights divided over two processes, the reference's copies with them."""
     write_pairs(tmp_path)
     one = run(tmp_path, tmp_path / "one", "--per_device_train_batch_size", 2, "--max_steps", 3)
-    flags = ["--per_device_train_batch_size", 1, "--max_steps", 3, "--devices", 2, "--sharding", "stage3", *more]
+    flags = ["--per_device_train_batch_size", 1, "--max_steps", 3, "--devices", 2, "--sharding", "stage3"]
     assert_same(run(tmp_path, tmp_path / "two", *flags), one, 5e-5)
 
 
