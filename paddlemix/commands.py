@@ -105,6 +105,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
+        args = [_as_utf8(argument) for argument in args]
         return super().parse_known_args([self._known_spelling(argument) for argument in args], namespace)
 
     def _known_spelling(self, argument):
@@ -120,6 +121,14 @@ class Parser(argparse.ArgumentParser):
 def own_flags(args):
     """The values of a command's own flags, without those that every command has."""
     return {name: value for name, value in vars(args).items() if name not in ("threads", "cpus")}
+
+
+def _as_utf8(argument):
+    """An argument that a locale without UTF-8 (``LC_ALL=C``) took byte by byte, as the UTF-8 that was typed."""
+    try:
+        return argument.encode(errors="surrogateescape").decode()
+    except (UnicodeError, AttributeError):
+        return argument
 
 
 def contents():

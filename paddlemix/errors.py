@@ -68,7 +68,8 @@ def command_main(main):
                 stream.reconfigure(errors="backslashreplace")
         try:
             done = main(*args, **kwargs)
-            sys.stdout.flush()  # here, where a closed pipe can still be met quietly
+            if sys.stdout is not None:  # None where it was closed before the start (`>&-`)
+                sys.stdout.flush()  # here, where a closed pipe can still be met quietly
             return done
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -77,7 +78,12 @@ def command_main(main):
             # Who reads has seen enough (`| head -1`). What is left in the buffer must not fail again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(141) from None
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, ImportError) as error:
+            if isinstance(error, ModuleNotFoundError):
+                from paddlemix.extras import missing  # nobody else pays for it
+
+                print(f"error: {missing(error)}", file=sys.stderr)
+                raise SystemExit(1) from None
             problem = _exhausted(error)
             if problem is None:
                 raise
@@ -94,11 +100,6 @@ def command_main(main):
             else:
                 raise
             raise SystemExit(1) from None
-        except ModuleNotFoundError as error:
-            from paddlemix.extras import missing  # nobody else pays for it
-
-            print(f"error: {missing(error)}", file=sys.stderr)
-            raise SystemExit(1) from None
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise SystemExit(130) from None
@@ -108,8 +109,11 @@ def command_main(main):
 
 def _exhausted(error):
     """What the machine has run out of, in a sentence; None if it is something else."""
-    if isinstance(error, MemoryError) or "ResourceExhausted" in str(error):
+    said = str(error)
+    if isinstance(error, MemoryError) or any(
+        sign in said for sign in ("ResourceExhausted", "failed to map segment", "annot allocate memory")
+    ):
         return "there is not enough memory: use a smaller model, fewer pictures or tiles (--max_num), or raise the limit"
-    if "start new thread" in str(error):
+    if "start new thread" in said:
         return "no more threads or processes can be started: raise the limit (ulimit -u), or close other programs"
     return None

@@ -11,6 +11,8 @@ from paddlemix.training.trainer import Trainer, finetune
 from tests.conftest import REFERENCE, load_reference, tiles
 from tests.datasets.helpers import picture_record, talk, write_meta
 
+LEARNING_RATE = 2e-3
+
 # Samples of all kinds and lengths; the pictures are tiled.
 RECORDS = [
     picture_record(0, answer="A red box, I think."),
@@ -36,7 +38,16 @@ def flags(folder, *more, family="qwen2", records=RECORDS, output="out"):
         *("--conv_style", load_reference(family).model.config.template, "--force_image_size", "112"),
         *("--meta_path", str(write_meta(folder, records)), "--output_dir", str(folder / output), "--max_seq_length", "1024"),
         *("--dynamic_image_size", "True", "--use_thumbnail", "True", "--max_dynamic_patch", "3", "--freeze_backbone", "True"),
-        *("--learning_rate", "2e-3", "--per_device_train_batch_size", "2", "--max_steps", "6", "--save_strategy", "no"),
+        *(
+            "--learning_rate",
+            str(LEARNING_RATE),
+            "--per_device_train_batch_size",
+            "2",
+            "--max_steps",
+            "6",
+            "--save_strategy",
+            "no",
+        ),
         *("--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "True", "--seed", "3", *more),
     ]
 

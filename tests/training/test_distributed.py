@@ -16,7 +16,7 @@ from paddlemix.models.internvl2 import InternVLChatModel
 from paddlemix.training.log import read_log
 from tests.conftest import REFERENCE
 from tests.datasets.helpers import write_meta
-from tests.training.helpers import RECORDS, flags, run
+from tests.training.helpers import LEARNING_RATE, RECORDS, flags, fresh, run
 from tests.training.test_finetune import SCRIPT, losses
 
 pytestmark = pytest.mark.slow
@@ -51,9 +51,12 @@ def assert_same_run(folder, tolerance=1e-5):
     one, two = losses(folder, "one"), losses(folder, "two")
     assert one.keys() == two.keys() and len(one) == 6
     assert list(two.values()) == pytest.approx(list(one.values()), rel=tolerance)
+    start = {name: value.numpy() for name, value in fresh("qwen2")[0].state_dict().items()}
     first, second = weights(folder, "one"), weights(folder, "two")
     for name, value in first.items():
-        assert np.abs(value - second[name]).max() < 1e-4, name
+        apart, moved = np.abs(value - second[name]), np.linalg.norm(value - start[name])
+        # Adam makes steps of gradients that are rounding alone, as those of the keys' biases are: a part of one step, then.
+        assert apart.max() < 0.1 * LEARNING_RATE and np.linalg.norm(apart) <= 1e-2 * moved, name
 
 
 @pytest.mark.parametrize(
@@ -118,7 +121,7 @@ def test_sigterm_to_the_launcher_saves_in_both(tmp_path):
 
 
 def test_a_bad_loss_in_one_process_ends_both_with_the_names(tmp_path):
-    """Labels beyond all pictures are fine in one process, and make the other's loss infinite."""
+    """What one process computes is no number; both say so, and which samples it was."""
     program = f"""
 import numpy as np
 from paddlemix.training import trainer
@@ -127,9 +130,7 @@ from paddlemix.errors import command_main
 step = trainer.Trainer.step
 def poisoned(self, number, batches):
     if number == 1 and self.processes.rank == 1:
-        batches[0]["pixel_values"] = np.full([1, 3, 112, 112], np.nan, "float32")
-        batches[0]["image_flags"] = np.zeros(1, "int64")
-        batches[0]["input_ids"][batches[0]["input_ids"] == self.model.img_context_token_id] = 5
+        self.model.language_model.model.norm.register_forward_post_hook(lambda *given: given[-1] * np.nan)
         batches[0]["names"] = ["data.jsonl:99"]
     return step(self, number, batches)
 trainer.Trainer.step = poisoned

@@ -285,21 +285,17 @@ def test_a_run_killed_while_saving_goes_on_from_the_last_checkpoint(tmp_path):
     run(tmp_path, *settings, output="whole")
     # The process kills itself when the weights of the second checkpoint are half written.
     program = f"""
-import os, signal, sys
-from paddlemix.models.internvl2 import weight_files
-from paddlemix.training import checkpoints
-real = checkpoints.save_model
-def save_model(model, tokenizer, directory, *rest):
-    if directory.endswith("-4"):
-        blocks = weight_files.blocks
-        def dying(*args):
-            yield from list(blocks(*args))[:1]
-            os.kill(os.getpid(), signal.SIGKILL)
-        import paddlemix.models.internvl2.checkpoint as c
-        c.blocks = dying
-    real(model, tokenizer, directory, *rest)
-import paddlemix.training.trainer as t
-t.save_model = save_model
+import os, signal
+from paddlemix.checkpoints import safetensors_files
+from paddlemix.training import trainer as t
+write = safetensors_files._write_file
+def dying(path, *rest):
+    if "checkpoint-4" in path:
+        with open(path, "wb") as file:
+            file.write(bytes(1000))
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, *rest)
+safetensors_files._write_file = dying
 from paddlemix.training.arguments import parse
 t.finetune(*parse({flags(tmp_path, *settings)!r}))
 """
