@@ -197,7 +197,7 @@ def mathvista(root, scenes):
             }
         )
     parquet(root / "MathVista/testmini-00000-of-00001.parquet", rows)
-    return "Hint: answer.\nQuestion: 0?", lambda q: q.reference["answer"], "accuracy", 100
+    return "Hint: answer.\nQuestion: 0?", lambda q: q.reference["answer"], "accuracy", 1
 
 
 def mvbench(root, scenes):
