@@ -124,10 +124,15 @@ def own_flags(args):
 
 
 def _as_utf8(argument):
-    """An argument that a locale without UTF-8 (``LC_ALL=C``) took byte by byte, as the UTF-8 that was typed."""
+    """An argument that a locale without UTF-8 (``LC_ALL=C``) took byte by byte, as the UTF-8 that was typed.
+
+    A file's name stays as it is: only so does such a locale find it.
+    """
     try:
+        if os.path.lexists(argument):
+            return argument
         return argument.encode(errors="surrogateescape").decode()
-    except (UnicodeError, AttributeError):
+    except (ValueError, TypeError, AttributeError):  # other encodings, null characters, what is no text
         return argument
 
 

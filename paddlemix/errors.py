@@ -6,8 +6,10 @@ message alone and exit with code 1 (:func:`command_main`); in a library the clas
 
 import errno
 import functools
+import mmap
 import os
 import sys
+import threading
 import warnings
 
 
@@ -67,6 +69,7 @@ def command_main(main):
             if hasattr(stream, "reconfigure"):  # a locale that lacks a character must not cost the answer
                 stream.reconfigure(errors="backslashreplace")
         try:
+            _start_threads()
             done = main(*args, **kwargs)
             if sys.stdout is not None:  # None where it was closed before the start (`>&-`)
                 sys.stdout.flush()  # here, where a closed pipe can still be met quietly
@@ -105,6 +108,34 @@ def command_main(main):
             raise SystemExit(130) from None
 
     return wrapper
+
+
+def _start_threads():
+    """Raise the error of threads that cannot be started: NumPy and Paddle would wait for them for ever, or raise SIGINT.
+
+    Their pools have a thread for each core, two more are for reading ahead and writing; who has many cores has room.
+    """
+    enough = threading.Event()
+    started = []
+    try:
+        for _ in range(min(2 * len(os.sched_getaffinity(0)), 64) if hasattr(os, "sched_getaffinity") else 2):
+            thread = threading.Thread(target=enough.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        enough.set()
+        for thread in started:
+            thread.join()
+
+
+def room_for_paddle():
+    """Raise MemoryError where a limit (``ulimit -v``) leaves no room to import Paddle, which would crash half-way."""
+    if "paddle" in sys.modules or os.name != "posix":
+        return
+    try:  # addresses only: no memory is taken
+        mmap.mmap(-1, 1 << 30, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()
+    except OSError:
+        raise MemoryError("less than 1 GB of address space for Paddle") from None
 
 
 def _exhausted(error):

@@ -1,1 +1,5 @@
 """Models, one folder a family."""
+
+from paddlemix.errors import room_for_paddle
+
+room_for_paddle()
