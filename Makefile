@@ -1,5 +1,6 @@
 # make demo             install, then ask the bundled model about a drawn scene, and about a photograph
 # make demo-video       the same about a clip
+# make demo-llava       both stages of LLaVA at toy size on drawn scenes, minutes of a CPU
 # make test             install, then run the tests; make test-fast the quickest of them, make test-slow those that take long,
 #                       make soak what goes on for SOAK_SECONDS each, make test-npu those that need g++
 # make web              a web page at http://127.0.0.1:7860/ that asks the server at URL (by default that of `paddlemix serve`)
@@ -28,6 +29,9 @@ demo: install
 
 demo-video: install
 	$(BIN)/python paddlemix/examples/internvl2/chat_demo_video.py --device $(DEVICE)
+
+demo-llava: install
+	$(BIN)/python paddlemix/examples/internvl_llava/demo/run.py --device $(DEVICE)
 
 install: $(STAMP)
 
