@@ -145,17 +145,36 @@ def read_questions(name, data_root, num_chunks=1, chunk_idx=0, **options):
     Raises:
         DataError: a file is missing or damaged.
     """
+    kind, _, images = _set(name)
+    rows = chunk(read_rows(name, data_root), num_chunks, chunk_idx)
+    if kind == "mmbench":
+        return list(mmbench_questions(rows, **options))
+    images = os.path.join(data_root, images)
+    if kind == "science":
+        return list(science_questions(rows, images, **options))
+    return list(plain_questions(rows, images, kind))
+
+
+def _set(name):
     if name not in SETS:
         raise DataError(f"task '{name}' is not known: use one of {', '.join(SETS)}")
-    kind, questions, images = SETS[name]
-    path, images = os.path.join(data_root, questions), os.path.join(data_root, images)
+    return SETS[name]
+
+
+def read_rows(name, data_root):
+    """The rows of a set's question file.
+
+    Raises:
+        DataError: the file is missing or damaged.
+    """
+    kind, questions, _ = _set(name)
+    path = os.path.join(data_root, questions)
     if kind == "science":
         try:
             with open(path, encoding="utf-8") as file:
-                rows = json.load(file)
+                return json.load(file)
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}): see docs/llava.md for where it is from") from None
-        return list(science_questions(chunk(rows, num_chunks, chunk_idx), images, **options))
     if kind == "mmbench":
         csv.field_size_limit(1 << 30)  # pictures are in it
         try:
@@ -165,8 +184,8 @@ def read_questions(name, data_root, num_chunks=1, chunk_idx=0, **options):
             raise DataError(f"{path} cannot be read ({error.strerror}): see docs/llava.md for where it is from") from None
         for row in rows:
             row["index"] = int(row["index"]) if str(row["index"]).isdecimal() else row["index"]
-        return list(mmbench_questions(chunk(rows, num_chunks, chunk_idx), **options))
-    return list(plain_questions(chunk(read_jsonl(path), num_chunks, chunk_idx), images, kind))
+        return rows
+    return read_jsonl(path)
 
 
 def answer(model, tokenizer, questions, template="vicuna_v1", model_id="model", **options):
@@ -213,10 +232,12 @@ def write_answers(path, lines):
 
 def load_llava(task, data_root):
     """The questions of a task of :data:`SETS`, as the runner takes them; also a set's data folder may be ``data_root``."""
+    from .llava_scores import truths
     from .rows import Question as Row
 
-    rows, seen = [], {}
-    for question in read_questions(task.name, data_root):
+    found, rows, seen = read_rows(task.name, data_root), [], {}
+    questions = read_questions(task.name, data_root)
+    for question, row, truth in zip(questions, found, truths(task.name, data_root, found)):
         values = dict(question.values)
         identity = values["question_id"]
         seen[identity] = seen.get(identity, 0) + 1
@@ -224,7 +245,12 @@ def load_llava(task, data_root):
         unique = identity if seen[identity] == 1 else f"{identity}#{seen[identity]}"
         pictures = () if question.picture is None else (question.picture,)
         text = question.text.removeprefix("<image>\n")
-        rows.append(Row(unique, text, pictures, record={"llava": values, "pad": question.pad}))
+        record = {"llava": values, "pad": question.pad}
+        if task.name == "llava-mmbench":
+            record["table"] = {name: value for name, value in row.items() if name != "image"}
+        elif isinstance(row.get("image"), str):
+            record["image"] = row["image"]
+        rows.append(Row(unique, text, pictures, truth, record=record))
     return rows
 
 

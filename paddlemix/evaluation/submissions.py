@@ -43,14 +43,15 @@ def write_submission(task, rows, directory):
     directory = Path(directory)
     kind = task.submission
     if kind in ("mmbench", "ccbench"):
-        return _write_table(task, rows, directory / "submission.xlsx")
+        return write_table(kind, rows, directory / "submission.xlsx")
     if kind == "llava":
         from .llava import answer_lines
+        from .llava_scores import write_server_file
 
         path = directory / "llava.jsonl"
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in answer_lines(rows, directory.parent.name)]
         path.write_text("".join(lines), encoding="utf-8")
-        return path
+        return write_server_file(task, rows, directory) or path
     path = directory / "submission.json"
     if kind == "by_id":
         values = {str(row["id"]): _letter(row) for row in rows}
@@ -81,17 +82,17 @@ def write_submission(task, rows, directory):
     return path
 
 
-def _write_table(task, rows, path):
+def write_table(kind, rows, path):
     """MMBench's table without some columns, with the prediction."""
     import openpyxl
 
     table = [dict(row["table"]) for row in rows if "table" in row]
     predictions = [_letter(row) for row in rows if "table" in row]
     dropped = {"category", "image"}
-    if task.submission == "mmbench":
+    if kind == "mmbench":
         dropped |= {"hint", "source", "comment", "l2-category"}
     columns = list(dict.fromkeys(name for row in table for name in row if name not in dropped))
-    columns.insert(min(len(columns), 6 if task.submission == "mmbench" else 8), "prediction")
+    columns.insert(min(len(columns), 6 if kind == "mmbench" else 8), "prediction")
     book = openpyxl.Workbook()
     sheet = book.active
     sheet.append(columns)

@@ -11,6 +11,7 @@ from paddlemix.errors import ConfigError
 
 from .llava import SETS as LLAVA_SETS
 from .llava import load_llava
+from .llava_scores import JUDGES, SCORERS, score_known
 from .scorers import score_with
 
 SHORT = "Answer the question using a single word or phrase."
@@ -390,11 +391,12 @@ _TASKS = [
         Task(
             name,
             load_llava,
-            None,
-            "",
+            score_known(name),
+            SCORERS.get(name, ("", ""))[1],
             128 if own.kind == "loader" else 1024,
             (own.questions,),
             submission="llava",
+            judge=JUDGES.get(name),
             source="llava",
         )
         for name, own in LLAVA_SETS.items()
