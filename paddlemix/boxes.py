@@ -70,9 +70,14 @@ def parse_boxes(text, width, height):
     return boxes
 
 
-def written_boxes(text):
-    """The boxes of a text as they are written, four numbers each: in ``<box>`` marks, and in JSON under a key for boxes."""
+def written_boxes(text, bare=False):
+    """The boxes of a text as they are written, four numbers each: in ``<box>`` marks, and in JSON under a key for boxes.
+
+    With ``bare`` also those of a text that is nothing else, as LLaVA's data have them.
+    """
     boxes = []
+    if bare and not _ONLY_NUMBERS.search(text):
+        boxes += [[float(number) for number in _NUMBERS.findall(group)] for group in re.findall(_BOX, text)]
     for body in _MARKED.findall(text):
         for group in re.findall(_BOX, body):
             boxes.append([float(number) for number in _NUMBERS.findall(group)])

@@ -1,4 +1,4 @@
-"""The ten results of LLaVA's evaluation on small data in each set's own layout, through the runner, with answers that are known."""
+"""The ten results of LLaVA's evaluation, on small data in each set's own layout, through the runner; answers are known."""
 
 import base64
 import csv

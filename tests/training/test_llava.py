@@ -204,3 +204,24 @@ def test_the_checker_names_what_training_would(tmp_path, capsys):
     path = path.rename(tmp_path / "data.jsonl")
     main(["--data_path", str(path), "--image_folder", str(IMAGES), "--version", "plain"])
     assert capsys.readouterr().out.startswith("0 of 3")
+
+
+def test_the_checker_doubts_what_is_likely_a_mistake(tmp_path, capsys):
+    from paddlemix.datasets.internvl_llava.check import main
+
+    def asked(answers):
+        path = tmp_path / "data.json"
+        turns = [[{"from": "human", "value": f"<image>\n{i}?"}, {"from": "gpt", "value": a}] for i, a in enumerate(answers)]
+        records = [{"image": "img0.png", "conversations": pair} for pair in turns]
+        path.write_text(json.dumps([*records, records[0]]), encoding="utf-8")
+        main(["--data_path", str(path), "--image_folder", str(IMAGES)])
+        return capsys.readouterr().out
+
+    fractions = ["[0.1, 0.2, 0.3, 0.4]", "[0.0, 0.2, 1.0, 0.4]"]
+    told = asked(fractions)  # as LLaVA's own data have them
+    assert "0..1" not in told and "1 record(s) that an earlier one equals" in told and "line 3: equals line 1" in told
+    told = asked([*fractions, "[100, 200, 300, 400]"])
+    assert "3 box(es) in 0..1" in told  # the repeated one too
+    told = asked(["[0.4, 0.2, 0.3, 0.4]"])
+    assert "2 box(es) with x1 > x2" in told and "2 answers, all of them equal" in told
+    assert told.endswith("0 of 2 records cannot be used\n")

@@ -3,12 +3,14 @@
   python -m paddlemix.datasets.internvl_llava.check --data_path records.json --image_folder pictures
 
 reads every record as training does, without a model: turns, marks, and whether each picture opens. Prints what cannot be
-used, and exits with 1 if there is any.
+used, and exits with 1 if there is any. What is likely a mistake, such as records that repeat, answers that are all equal, or
+boxes in thousandths beside others in fractions, is a warning with its count and three examples a data set.
 """
 
 import argparse
 
 from paddlemix.commands import Parser
+from paddlemix.datasets.doubts import look_at, sentences, summarize
 from paddlemix.errors import UserError, command_main
 from paddlemix.models.internvl_llava.encoding import check_record
 from paddlemix.processors.image import open_image
@@ -16,23 +18,33 @@ from paddlemix.processors.image import open_image
 from . import read_sources
 
 
-def problems(sources, version="v1", pictures=True):
-    """Yield ``(place, reason)`` for each record that cannot be used.
+def look(source, index, version="v1", pictures=True):
+    """Read a record as training does: ``(its doubts or None, why it cannot be used or None)``.
 
     Args:
-        sources: of :func:`~paddlemix.datasets.internvl_llava.read_sources`.
+        source: a :class:`~paddlemix.datasets.records.Source`.
+        index: of the record in it.
         version: how text is to be written, see :func:`~paddlemix.models.internvl_llava.encoding.encode_record`.
         pictures: whether they are opened.
     """
+    found = None
+    try:
+        record = source.read(index)
+        check_record({"conversations": record.conversations, "image": record.images}, version)
+        found = look_at(record, bare=True)  # what is known if a picture cannot be opened
+        sizes = [open_image(path).size for path in record.images] if pictures else ()
+        return look_at(record, sizes, bare=True), None
+    except UserError as error:
+        return found, str(error)
+
+
+def problems(sources, version="v1", pictures=True):
+    """Yield ``(place, reason)`` for each record that cannot be used; arguments as for :func:`look`."""
     for source in sources:
         for index in range(source.num_records):
-            try:
-                record = source.read(index)
-                check_record({"conversations": record.conversations, "image": record.images}, version)
-                for path in record.images if pictures else ():
-                    open_image(path)
-            except UserError as error:
-                yield source.place(index), str(error)
+            _, reason = look(source, index, version, pictures)
+            if reason is not None:
+                yield source.place(index), reason
 
 
 @command_main
@@ -48,11 +60,23 @@ def main(argv=None):
     if args.data_path is None and args.meta_path is None:
         parser.error("--data_path is missing")
     sources = read_sources(args.data_path, args.image_folder, args.meta_path)
-    found = list(problems(sources, args.version))
-    for place, reason in found[: args.max_problems]:
-        print(f"{place}: {reason}")
-    print(f"{len(found)} of {sum(source.num_records for source in sources)} records cannot be used")
-    if found:
+    bad = 0
+    warnings = []
+    for source in sources:
+        found = []
+        for index in range(source.num_records):
+            doubts, reason = look(source, index, args.version)
+            found.append(doubts)
+            bad += reason is not None
+            if reason is not None and bad <= args.max_problems:
+                print(f"{source.place(index)}: {reason}")
+        # LLaVA's own data have their boxes in fractions of the sides.
+        told = summarize(found, source.line, fractions=True)
+        warnings += sentences(source.name, told, source.annotation)
+    for warning in warnings:
+        print(warning)
+    print(f"{bad} of {sum(source.num_records for source in sources)} records cannot be used")
+    if bad:
         raise SystemExit(1)
 
 

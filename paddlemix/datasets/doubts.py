@@ -42,6 +42,7 @@ class Doubts:
         record, answers: digests of all that the record says, and of its answers.
         turned, transparent: pictures that EXIF data turn, and that have pixels which are not opaque.
         fitting: for each box of a small picture, whether it would fit into it in pixels.
+        boxes: how many there are.
     """
 
     told: list = field(default_factory=list)
@@ -51,10 +52,14 @@ class Doubts:
     turned: int = 0
     transparent: int = 0
     fitting: list = field(default_factory=list)
+    boxes: int = 0
 
 
-def look_at(record, sizes=()):
-    """The :class:`Doubts` about a record; ``sizes`` are (width, height) of its pictures where these are known."""
+def look_at(record, sizes=(), bare=False):
+    """The :class:`Doubts` about a record; ``sizes`` are (width, height) of its pictures where these are known.
+
+    ``bare`` is that of :func:`~paddlemix.boxes.written_boxes`.
+    """
     doubts = Doubts()
     texts = [turn["value"] for turn in record.conversations]
     pictures = [path for path in record.images if isinstance(path, str)]
@@ -67,7 +72,8 @@ def look_at(record, sizes=()):
                 doubts.told.append(("mark_not_closed", _short(text)))
                 break
         doubts.told += [("box_form", _short(body)) for body in _MARKED.findall(text) if not written_boxes(f"<box>{body}</box>")]
-        for box in written_boxes(text):
+        for box in written_boxes(text, bare):
+            doubts.boxes += 1
             doubts.told += [(kind, _numbers(box)) for kind in _of_box(box, sizes)]
             if len(sizes) == 1 and max(sizes[0]) < _SMALL:
                 doubts.fitting.append(_fits(box, sizes[0]))
@@ -107,12 +113,13 @@ def _closed(text, mark):
     return depth == 0
 
 
-def summarize(found, line):
+def summarize(found, line, fractions=False):
     """What there is to say of a data set.
 
     Args:
         found: the :class:`Doubts` of each record, or None where it cannot be read.
         line: called with the number of a record, gives its line in the file.
+        fractions: whether a data set may have all its boxes in 0..1.
 
     Returns:
         ``{kind: {"count": ..., "examples": [{"line": ..., "what": ...}, ...]}}``, at most three examples each.
@@ -140,6 +147,8 @@ def summarize(found, line):
     for path, times in lost.most_common():
         if times > 1:
             add("missing_again", first[path], f"{path} in {times} records")
+    if fractions and told.get("box_fractions", {}).get("count") == sum(doubts.boxes for doubts in found if doubts is not None):
+        del told["box_fractions"]
     known = [(number, doubts) for number, doubts in enumerate(found) if doubts is not None]
     if len(known) > 1 and len({doubts.answers for _, doubts in known}) == 1:
         for number, _ in known:
