@@ -19,6 +19,7 @@ from paddlemix.errors import DataError
 from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER, IMG_CONTEXT
 from paddlemix.processors.image import picture_formats
 from paddlemix.processors.media import Remote, is_address
+from paddlemix.validation import shown
 
 from .lines import LineIndex
 from .shards import Shards, expand
@@ -173,7 +174,7 @@ def read_meta(path, parse=None, domains=(), draw=None):
             meta = json.load(file, object_pairs_hook=functools.partial(_unique_keys, path))
     except OSError as error:
         raise DataError(f"meta file {path} cannot be read ({error.strerror}): check the path") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"meta file {path} is not valid JSON ({error})") from None
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"meta file {path} must hold an object that names at least one data set")
@@ -316,17 +317,17 @@ def _unique_keys(path, pairs):
     keys = [key for key, _ in pairs]
     repeated = sorted({key for key in keys if keys.count(key) > 1})
     if repeated:
-        raise DataError(f"meta file {path} has '{repeated[0]}' twice: the first one would be lost, so rename it")
+        raise DataError(f"meta file {path} has {shown(repeated[0])} twice: the first one would be lost, so rename it")
     return dict(pairs)
 
 
 def _source(name, entry, path, parse=None, draw=None):
-    where = f"data set '{name}' of meta file {path}"
+    where = f"data set {shown(name)} of meta file {path}"
     if not isinstance(entry, dict):
         raise DataError(f"{where} must be an object with 'root' and 'annotation', not {_describe(entry)}")
     unknown = sorted(set(entry) - set(_KEYS))
     if unknown:
-        raise DataError(f"{where} has an unknown key '{unknown[0]}': the keys are {', '.join(_KEYS)}")
+        raise DataError(f"{where} has an unknown key {shown(unknown[0])}: the keys are {', '.join(_KEYS)}")
     if "shards" in entry and "annotation" in entry:
         raise DataError(f"{where} has both 'shards' and 'annotation': name one of them")
     annotation, root = entry.get("annotation", entry.get("shards")), entry.get("root", "")
@@ -401,7 +402,7 @@ def _content(content, number, named):
         text = part if isinstance(part, str) else part.get("text") if kind == "text" else None
         if isinstance(text, str):
             texts.append(text)
-        elif kind in named:
+        elif kind in list(named):  # also where it is no text
             texts.append({"image": IMAGE_PLACEHOLDER, "video": VIDEO_PLACEHOLDER}[kind])
             path = next((part[key] for key in (kind, "path") if part.get(key)), None)
             if path is not None:

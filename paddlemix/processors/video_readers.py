@@ -44,7 +44,7 @@ def open_video(path, reader, look=None):
 
     try:
         picture = Image.open(path, formats=picture_formats())
-    except (OSError, Image.DecompressionBombError):  # not a picture: what is hoped for
+    except Exception:  # not a picture: what is hoped for, and damaged ones may raise anything
         pass
     else:
         if picture.format in _AnimationReader.formats and (picture.format == "GIF" or picture.is_animated):
@@ -147,7 +147,9 @@ class _AnimationReader:
     def _errors(self):
         try:
             yield
-        except (OSError, EOFError, SyntaxError, ValueError) as error:
+        except (VideoError, MemoryError):
+            raise
+        except Exception as error:  # a damaged file may raise anything in Pillow
             raise VideoError(f"{self.name} is damaged or cut off; replace it") from error
 
     def close(self):
@@ -186,6 +188,8 @@ class _AvReader:
         if not streams:
             raise VideoError(f"{self.name} has no video stream; give a file with moving pictures in it")
         self._stream = streams[0]
+        if self._stream.codec_context is None:
+            raise VideoError(f"{self.name} is in a form that this FFmpeg cannot decode: convert it to H.264, or copy it again")
         self._stream.thread_type = "AUTO"
 
     def _read_table(self):

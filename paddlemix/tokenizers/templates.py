@@ -32,7 +32,8 @@ def chat_template(files, parse):
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = parse(name).get("chat_template") if name in files else None
         if isinstance(found, list):  # several by name
-            found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+            named = [entry for entry in found if isinstance(entry, dict) and entry.get("name") == "default"]
+            found = named[0].get("template") if named else None
         if isinstance(found, str):
             return found
     raise TokenizerError("the folder has no chat template: convert it with --layout hf, or write prompts by model.chat")

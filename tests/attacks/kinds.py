@@ -182,3 +182,65 @@ def flags():
         for value in values:
             cases[f"{flag} {value}"] = run(chat_demo_video, flag, value)
     return cases
+
+
+def mutations():
+    """Pictures and clips of every form with bytes changed, cut out, doubled and swapped, by a fixed seed."""
+    import io
+    import random
+
+    from PIL import Image
+
+    from paddlemix.processors.image import load_image
+    from paddlemix.processors.video import load_video
+
+    demo = Path(__file__).parents[2] / "paddlemix" / "demo_images"
+    scene = Image.open(demo / "scene_2.png").convert("RGB").resize((120, 90))
+    sources = {}
+    for form, settings in {
+        "PNG": {}, "JPEG": {"quality": 80}, "WEBP": {}, "GIF": {}, "BMP": {}, "TIFF": {"compression": "tiff_lzw"}, "PPM": {},
+    }.items():  # fmt: skip
+        written = io.BytesIO()
+        scene.save(written, form, **settings)
+        sources[form.lower()] = written.getvalue()
+    frames = [scene.rotate(10 * turn) for turn in range(6)]
+    for form in ("GIF", "WEBP", "PNG"):
+        written = io.BytesIO()
+        frames[0].save(written, form, save_all=True, append_images=frames[1:], duration=100)
+        sources[f"moving.{form.lower()}"] = written.getvalue()
+    sources["clip.mp4"] = (demo / "clip.mp4").read_bytes()
+
+    def mutated(content, rng):
+        data = bytearray(content)
+        for _ in range(rng.choice((1, 1, 2, 8, 40))):
+            at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 64))
+            length = rng.choice((1, 2, 4, 16, 300))
+            how = rng.randrange(5)
+            if how == 0:
+                data[at] ^= 1 << rng.randrange(8)
+            elif how == 1:
+                data[at : at + length] = rng.choice((b"\x00", b"\xff", b"\x7f", b"\x80")) * length
+            elif how == 2 and len(data) > 400:
+                del data[at : at + length]
+            elif how == 3:
+                data[at:at] = data[at : at + length]
+            else:
+                data[at : at + length] = rng.randbytes(length)
+        return bytes(data[: rng.randrange(len(data))] if rng.random() < 0.1 else data)
+
+    def attack(name, content, read):
+        def case(folder):
+            path = Path(folder, name)
+            path.write_bytes(content)
+            return read(str(path)).shape
+
+        return case
+
+    rng, cases = random.Random(0), {}
+    for source, content in sources.items():
+        moving = source.startswith(("moving", "clip"))
+        for number in range(40 if source == "clip.mp4" else 80):
+            name = source if moving else f"picture.{source}"
+            read = (lambda path: load_video(path, num_segments=4, max_num=1)[0]) if moving else load_image
+            cases[f"{number} {source}"] = attack(name, mutated(content, rng), read)
+    return cases

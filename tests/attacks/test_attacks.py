@@ -12,11 +12,11 @@ import pytest
 SECONDS = 2  # of processor time, beyond importing Paddle
 
 
-def run(kind, folder):
+def run(kind, folder, timeout=300):
     """Results of all cases of a kind, by name."""
     command = [sys.executable, "-m", "tests.attacks.child", "tests.attacks.kinds", kind, str(folder)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired as hung:
         pytest.fail(f"hung: {(hung.stdout or b'').decode().splitlines()[-1:]}")
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -51,3 +51,17 @@ def test_hostile_flags_are_one_sentence(tmp_path):
         (sentence,) = [said for said in line["said"].splitlines() if said.startswith("error: ")]
         assert is_sentence(sentence), line
         assert name.split()[0].strip("-").partition("_")[0] in sentence, line
+
+
+@pytest.mark.slow
+def test_changed_bytes_of_pictures_and_clips(tmp_path):
+    """Each is read, or refused by a sentence: decoders may not hang, crash, or take memory by what a header promises."""
+    results = run("mutations", tmp_path, timeout=900)
+    assert len(results) > 700
+    kinds = {"answer": 0, "error": 0}
+    for line in results.values():
+        kinds[line["result"][0]] += 1
+        if line["result"][0] == "error":
+            assert line["result"][1] in ("ImageError", "VideoError") and is_sentence(line["result"][2]), line
+        assert line["seconds"] < SECONDS, line
+    assert min(kinds.values()) > 100, kinds
