@@ -100,14 +100,14 @@ class Engine:
                 self._turn()
             except Exception as error:  # one turn's fault must not end the server
                 _log.error("a step failed (%s): its requests end", type(error).__name__)
-                jobs = [*self.loop.scheduler.running, *self.loop.scheduler.waiting]
+                jobs = [*self.loop.scheduler.running, *self.loop.waiting]
                 for job in jobs:
                     self.loop.remove(job)
                 self.deliver([(job, error) for job in jobs])
 
     def _turn(self):
         loop, scheduler, table = self.loop, self.loop.scheduler, self.loop.table
-        fresh = [job for job in scheduler.waiting if job.started is None]
+        fresh = [job for job in loop.waiting if job.started is None]
         events = loop.step()
         now = time.monotonic()
         out = []

@@ -138,7 +138,7 @@ class ChatSession:
         that this has room for."""
         cache, layers = self._cache, self.model.config.llm_config.num_hidden_layers
         return {
-            "features": sum(_bytes(f.fine) + _bytes(f.coarse) if self.model.routes else _bytes(f) for f in self._features),
+            "features": sum(f.nbytes if self.model.routes else _bytes(f) for f in self._features),
             "kv_cache": 0 if cache is None else sum(_bytes(store) for i in range(layers) for store in cache.stores(i)),
             "positions": 0 if cache is None else cache.capacity,
         }
@@ -264,9 +264,9 @@ def batch_chat(
 
     config = end_of_answer(generation_config, template, tokenizer, model)
     config = model.fit_context(config, max(map(len, prompts)))
-    in_pages = config.num_beams == 1 and model.decodes_in_pages and not template.channels
     given = (model, tokenizer, pixel_values, prompts, counts, config, template)
-    answers = _answers_in_pages(*given) if in_pages and not model.routes else _answers_of_rows(*given, features)
+    in_pages = config.num_beams == 1 and model.decodes_in_pages and not model.routes
+    answers = _answers_in_pages(*given) if in_pages else _answers_of_rows(*given, features)
     best = [row[0] for row in answers]
     answers = answers if config.num_return_sequences > 1 else best
     if template.channels and config.num_beams == 1:  # (what is shown, what the next prompt needs)
@@ -289,7 +289,7 @@ def _answers_in_pages(model, tokenizer, pixel_values, prompts, counts, config, t
         for answer in ended:
             if answer.error is not None:
                 raise answer.error
-            answers[answer.key] = [answer.text]
+            answers[answer.key] = [(answer.text, answer.said or answer.text) if template.channels else answer.text]
     return answers
 
 

@@ -23,6 +23,7 @@ from .language import LanguageModel
 from .layers import AttentionMask, take_rows
 from .lora import add_adapters
 from .losses import CausalLMOutput, chunked_causal_loss
+from .router import kept_tokens
 from .vision import InternVisionModel
 
 
@@ -286,11 +287,8 @@ class ChatModel(nn.Layer):
             if len(picture.gates):
                 (values,), compact = self.settled([picture])
                 features.append(values)
-                coarse = picture.coarse.shape[1]
-                # The first tokens of a compact tile stay.
-                place = np.arange(own.sum()) % per_tile
                 seen = seen.copy()
-                seen[own] = ~np.repeat(compact, per_tile) | (place < coarse)
+                seen[own] = kept_tokens(compact, per_tile, picture.coarse.shape[1])
             rows.append(row[seen])
         width = max(map(len, rows))
         starts = np.array([width - len(row) for row in rows])

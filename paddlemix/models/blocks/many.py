@@ -7,6 +7,7 @@ from paddlemix.kernels import cpu as kernels
 
 from .decoding.loop import Loop, bytes_per_position, chunk_size, positions_for
 from .layers import count_parameters
+from .thinking import AnswerReader
 
 __all__ = ["Answer", "answer_many", "room_for", "suit_threads"]
 
@@ -16,12 +17,12 @@ _PICTURES = 256 << 20  # bytes of features that wait for another question about 
 
 class Answer:
     """What became of a prompt: its ``key``, the ``text``, the ``reason`` of its end (``stop``, ``length`` or ``error``), and in
-    the last case the ``error``."""
+    the last case the ``error``. Where answers have channels, ``said`` is all that the next prompt needs of it."""
 
-    __slots__ = ("error", "key", "reason", "text")
+    __slots__ = ("error", "key", "reason", "said", "text")
 
-    def __init__(self, key, text, reason, error=None):
-        self.key, self.text, self.reason, self.error = key, text, reason, error
+    def __init__(self, key, text, reason, error=None, said=None):
+        self.key, self.text, self.reason, self.error, self.said = key, text, reason, error, said
 
 
 def suit_threads(model):
@@ -70,8 +71,11 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
                         held = item
                         break
                     loop = _loop(model, tokenizer, longest, max_seqs, memory)
+                reader = None
+                if template.channels and config.form is None:  # an answer in a form has no thought before it
+                    reader = AnswerReader(tokenizer, template, config.stop_strings, template.cuts_at_stop)
                 try:
-                    job = loop.make_job(ids, config, pictures, stream=stream, cuts=template.cuts_at_stop)
+                    job = loop.make_job(ids, config, pictures, stream=stream, cuts=template.cuts_at_stop, reader=reader)
                 except PromptError as error:
                     ended.append(Answer(key, "", "error", error))
                     continue
@@ -80,7 +84,8 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
         for event in loop.step() if keys else ():
             texts[event.job] += event.piece
             if event.reason:
-                ended.append(Answer(keys.pop(event.job), texts.pop(event.job), event.reason, event.error))
+                said = event.job.reader.said if event.job.reader else None
+                ended.append(Answer(keys.pop(event.job), texts.pop(event.job), event.reason, event.error, said))
         if ended:
             yield ended
         elif not keys:

@@ -129,6 +129,17 @@ class RoutedTiles:
     coarse: paddle.Tensor
     gates: np.ndarray
 
+    @classmethod
+    def joined(cls, parts):
+        """The tiles of several :class:`RoutedTiles` in a row."""
+        fine, coarse = (paddle.concat([getattr(part, name) for part in parts]) for name in ("fine", "coarse"))
+        return cls(fine, coarse, np.concatenate([part.gates for part in parts]))
+
+    @property
+    def nbytes(self):
+        """Memory of both forms, in bytes."""
+        return sum(form.size * form.element_size() for form in (self.fine, self.coarse))
+
     def split(self, counts):
         """One :class:`RoutedTiles` for each picture of ``counts`` tiles."""
         ends = np.cumsum([0, *counts])
@@ -140,14 +151,19 @@ class RoutedTiles:
         return paddle.concat(parts)
 
 
-def settle(pictures, relative, absolute):
-    """Decide over all ``pictures``, a list of :class:`RoutedTiles`, of one prompt.
+def decide(pictures, relative, absolute):
+    """Which tiles of each of a prompt's ``pictures``, a list of :class:`RoutedTiles`, are compact: a list of bool arrays."""
+    if not pictures:
+        return []
+    compact = compact_tiles(np.concatenate([picture.gates for picture in pictures]), relative, absolute)
+    return np.split(compact, np.cumsum([len(picture.gates) for picture in pictures])[:-1])
+
+
+def kept_tokens(compact, per_tile, coarse):
+    """Which context tokens of tiles stay in a prompt: all ``per_tile``, or the first ``coarse`` of one that is ``compact``.
 
     Returns:
-        ``(features of each picture, which tiles are compact)``: a list of ``[number of tokens, D]``, and a bool array.
+        ``[number of tiles * per_tile]`` bool array.
     """
-    if not pictures:
-        return [], np.zeros(0, bool)
-    compact = compact_tiles(np.concatenate([picture.gates for picture in pictures]), relative, absolute)
-    ends = np.cumsum([0, *(len(picture.gates) for picture in pictures)])
-    return [picture.features(compact[a:b]) for picture, a, b in zip(pictures, ends, ends[1:])], compact
+    place = np.arange(len(compact) * per_tile) % per_tile
+    return ~np.repeat(compact, per_tile) | (place < coarse)

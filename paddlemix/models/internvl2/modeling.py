@@ -14,7 +14,7 @@ from paddlemix.models.blocks.layers import count_parameters
 from paddlemix.models.blocks.lora import merge_lora
 from paddlemix.models.blocks.losses import CausalLMOutput, causal_loss, chunked_causal_loss
 from paddlemix.models.blocks.projector import Projector, pixel_shuffle
-from paddlemix.models.blocks.router import CompactProjector, Gate, Pooling, RoutedTiles, settle
+from paddlemix.models.blocks.router import CompactProjector, Gate, Pooling, RoutedTiles, decide
 
 from .configuration import InternVLChatConfig
 from .conversation import IMG_CONTEXT, get_template, insert_image_tokens
@@ -42,7 +42,6 @@ class InternVLChatModel(ChatModel):
             width = config.vision_config.hidden_size
             self.mlp2 = CompactProjector(width * scale**2, config.llm_config.hidden_size)
             self.pooling_before_gating, self.gating = Pooling(width), Gate(width)
-            self.decodes_in_pages = not config.flash_mode
 
     # ------------------------------------------------------------------ weights
 
@@ -103,25 +102,33 @@ class InternVLChatModel(ChatModel):
         """
         if not self.config.has_router:
             raise ConfigError("this checkpoint has no visual resolution router: it is not one of the Flash models")
-        pixels, parts, ratio = checked_pixels(pixel_values), [], self.config.downsample_ratio
+        pixels, parts = checked_pixels(pixel_values), []
         for at in range(0, len(pixels), self.vision_batch):
             batch = paddle.to_tensor(pixels[at : at + self.vision_batch])
             self._check_sides(batch.shape)
             grid = self._grid(self._patches(batch), batch.shape)
-            flat = grid.reshape([grid.shape[0], -1, grid.shape[-1]])
-            gates = self.gating(self.pooling_before_gating(flat)).numpy()
-            if gates_alone:
-                parts.append((gates,))
-                continue
-            fine = self.mlp1(_shuffled(grid, ratio, self.config.ps_version))
-            parts.append((gates, fine, self.mlp2(_shuffled(grid, ratio**2, self.config.ps_version))))
-        gates, *forms = zip(*parts)
-        gates = np.concatenate(gates).astype("float32")
-        return gates if gates_alone else RoutedTiles(*map(paddle.concat, forms), gates)
+            parts.append(self._gates(grid) if gates_alone else self._routed(grid))
+        return np.concatenate(parts) if gates_alone else RoutedTiles.joined(parts)
+
+    def _gates(self, grid):
+        flat = grid.reshape([grid.shape[0], -1, grid.shape[-1]])
+        return self.gating(self.pooling_before_gating(flat)).numpy().astype("float32")
+
+    def _routed(self, grid):
+        """Both forms of tiles ``[T, rows, columns, D_vision]``."""
+        ratio, version = self.config.downsample_ratio, self.config.ps_version
+        fine, coarse = self.mlp1(_shuffled(grid, ratio, version)), self.mlp2(_shuffled(grid, ratio**2, version))
+        return RoutedTiles(fine, coarse, self._gates(grid))
+
+    def decided(self, pictures):
+        """Which tiles of each of a prompt's ``pictures`` (:class:`RoutedTiles`) are compact: a list of bool arrays."""
+        return decide(pictures, self.config.extra["flash_relative_threshold"], self.config.extra["flash_absolute_threshold"])
 
     def settled(self, pictures):
-        """Features of each of a prompt's ``pictures`` (:class:`RoutedTiles`), and which tiles are compact."""
-        return settle(pictures, self.config.extra["flash_relative_threshold"], self.config.extra["flash_absolute_threshold"])
+        """Features of each of a prompt's ``pictures`` (:class:`RoutedTiles`), and which of all tiles are compact, an array."""
+        compact = self.decided(pictures)
+        features = [picture.features(own) for picture, own in zip(pictures, compact)]
+        return features, np.concatenate(compact) if compact else np.zeros(0, bool)
 
     def _extract_feature(self, pixel_values):
         self._check_sides(pixel_values.shape)
@@ -138,13 +145,19 @@ class InternVLChatModel(ChatModel):
             )
 
     def feature_steps(self, pixel_values):
-        """:meth:`extract_feature` of a few tiles in slices: yields None after each block of the tower, then the features."""
+        """:meth:`extract_feature` of a few tiles in slices: yields None after each block of the tower, then each tile's features.
+
+        Where tiles may take a coarse form, these are a :class:`~paddlemix.models.blocks.router.RoutedTiles` each.
+        """
         self._check_sides(pixel_values.shape)
         hidden = None
         for state in self.vision_model.steps(pixel_values, self.config.select_layer):
             hidden = state
             yield None
-        yield self._project(hidden, pixel_values.shape)
+        if self.routes:
+            yield self._routed(self._grid(hidden, pixel_values.shape)).split([1] * len(hidden))
+        else:
+            yield self._project(hidden, pixel_values.shape)
 
     def _project(self, hidden, shape):
         """The tower's ``[T, 1 + P, D_vision]`` for tiles of ``shape`` -> ``[T, num_image_token, D]``."""

@@ -9,6 +9,8 @@ import pytest
 from paddlemix.processors.internvl2.image import load_image
 
 from paddlemix.errors import ConfigError, PromptError
+from paddlemix.models.blocks.chat import digested, end_of_answer, place_pictures
+from paddlemix.models.blocks.decoding.loop import Loop
 from paddlemix.models.blocks.router import compact_tiles
 from paddlemix.models.internvl2 import ChatSession, InternVLChatModel
 from tests.conftest import REFERENCE, assert_close
@@ -92,6 +94,74 @@ def test_a_later_picture_can_void_what_is_cached(flash):
     assert (session._compact[:5] != before).any() and session.cached_tokens == 0
     fresh = ChatSession(flash.model, flash.tokenizer, history=history)
     assert fresh.ask("<image>\nAnd this?", np.concatenate([tiles(0), tiles(2)]), OPTIONS, [5, 5]) == answer
+
+
+def job_of(loop, reference, pixels, turns, counts):
+    """A job of many at once for a conversation, with all context tokens that its tiles may have."""
+    model, tokenizer = reference.model, reference.tokenizer
+    ids = model.prompt_ids(tokenizer, model.template(), turns, [n * 256 for n in counts])
+    config = end_of_answer(OPTIONS, model.template(), tokenizer, model)
+    return loop.make_job(ids, config, place_pictures(ids, model, digested(pixels, counts) if counts else []))
+
+
+def turn(loop, *jobs):
+    for job in jobs:
+        loop.add(job)
+    while loop.is_busy:
+        assert all(event.error is None for event in loop.step())
+
+
+@pytest.mark.parametrize("max_seqs, at_once", [(16, True), (2, False)])
+def test_many_at_once_are_what_the_original_computes(flash, max_seqs, at_once):
+    loop = Loop(flash.model, flash.tokenizer, 8192, max_seqs, at_once=at_once)
+    jobs = []
+    for chat in flash.expected["chats"]:
+        turns = [*map(tuple, chat["history"] or []), (chat["question"], None)]
+        jobs.append(job_of(loop, flash, pictures(flash, chat), turns, chat["num_patches_list"] or []))
+    turn(loop, *jobs)
+    for job, chat in zip(jobs, flash.expected["chats"]):
+        assert job.answer == chat["output_ids"][: len(job.answer)] and len(job.answer) >= len(chat["output_ids"]) - 1
+        assert job.prompt == chat.get("prompt_tokens", job.prompt)
+        assert [small for picture in job.pictures for small in picture.compact] == (chat.get("compressed") or [])
+    assert not loop.tower._claims and not loop.table.used
+
+
+def test_pages_are_shared_only_where_tiles_keep_their_size(flash):
+    loop = Loop(flash.model, flash.tokenizer, 16384, image_cache=1 << 30)
+    one = job_of(loop, flash, tiles(0), [("<image>\nWhat is it?", None)], [5])
+    turn(loop, one)
+    size = loop.table.page_size
+    # The same picture, and another question: all but the end is there already.
+    again = job_of(loop, flash, tiles(0), [("<image>\nAnd where?", None)], [5])
+    turn(loop, again)
+    assert again.image_hits == 1 and again.cached >= again.pictures[0].start + again.pictures[0].count - size
+    # A second picture makes other tiles of the first compact: nothing from that picture on is of use.
+    two = job_of(loop, flash, np.concatenate([tiles(0), tiles(2)]), [("<image>\nWhat is it? <image>", None)], [5, 5])
+    turn(loop, two)
+    assert (two.pictures[0].compact != one.pictures[0].compact).any()
+    assert two.cached <= one.pictures[0].start
+    fresh = Loop(flash.model, flash.tokenizer, 16384)
+    other = job_of(fresh, flash, np.concatenate([tiles(0), tiles(2)]), [("<image>\nWhat is it? <image>", None)], [5, 5])
+    turn(fresh, other)
+    assert other.answer == two.answer and other.cached == 0
+
+
+def test_room_counts_what_is_left_of_a_prompt(flash):
+    shortest = min((chat for chat in flash.expected["chats"] if chat.get("prompt_tokens")), key=lambda chat: chat["prompt_tokens"])
+    turns, counts = [(shortest["question"], None)], shortest["num_patches_list"]
+    assert not shortest["history"]
+    room = shortest["prompt_tokens"] + 4
+    loop = Loop(flash.model, flash.tokenizer, 4096, longest=room)
+    job = job_of(loop, flash, pictures(flash, shortest), turns, counts)
+    assert len(job.tokens) > room
+    turn(loop, job)
+    assert job.answer == shortest["output_ids"][:4]
+    loop = Loop(flash.model, flash.tokenizer, 4096, longest=room - 4)
+    loop.add(job_of(loop, flash, pictures(flash, shortest), turns, counts))
+    errors = []
+    while loop.is_busy:
+        errors += [str(event.error) for event in loop.step() if event.error]
+    assert len(errors) == 1 and f"the prompt has {room - 4} tokens" in errors[0]
 
 
 def test_the_rule():

@@ -15,8 +15,11 @@ from paddlemix.checkpoints.files import open_weight_file
 from paddlemix.checkpoints.tensors import convert_dtype
 from paddlemix.errors import CheckpointError, ConfigError
 from paddlemix.kernels import cpu as kernels
+from paddlemix.models.blocks.chat import digested, place_pictures
+from paddlemix.models.blocks.decoding.loop import Loop
 from paddlemix.models.blocks.experts import Dispatch
 from paddlemix.models.blocks.flops import decode_bytes, decoder_flops, parameter_counts
+from paddlemix.models.blocks.generation import GenerationConfig
 from paddlemix.models.blocks.language import KVCache
 from paddlemix.models.blocks.lora import merge_lora, save_adapters, wrap_llm_lora
 from paddlemix.models.internvl2 import ChatSession, InternVLChatConfig, InternVLChatModel, get_template, load_tokenizer
@@ -200,6 +203,28 @@ def test_an_untied_head_that_is_not_there_begins_as_the_embedding(tmp_path):
     assert model.language_model.lm_head.weight.shape == [48, 720]
     with paddle.no_grad():
         assert_close(model(input_ids=reference.arrays["lm_input_ids"]).logits, reference.arrays["lm_logits"])
+
+
+# ---------------------------------------------------------------------- many at once
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt_oss", "internlm3"])
+def test_many_in_pages_are_what_the_original_computes(family, engine):
+    reference = load(family, engine)
+    model, tokenizer = reference.model, reference.tokenizer
+    loop = Loop(model, tokenizer, 8192, 3, chunk=32)  # chunks end within the windows of sliding layers
+    jobs = []
+    for chat in reference.expected["chats"]:
+        ids, pixels = chat["input_ids"], pictures(reference, chat)
+        found = digested(pixels, chat["num_patches_list"]) if pixels is not None else []
+        config = GenerationConfig(max_new_tokens=len(chat["output_ids"]), eos_token_id=[])
+        jobs.append(loop.make_job(ids, config, place_pictures(ids, model, found)))
+        loop.add(jobs[-1])
+    while loop.is_busy:
+        assert all(event.error is None for event in loop.step())
+    for job, chat in zip(jobs, reference.expected["chats"]):
+        assert job.answer == chat["output_ids"], chat["label"]
 
 
 # ---------------------------------------------------------------------- sliding windows

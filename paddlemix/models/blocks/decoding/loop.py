@@ -4,6 +4,7 @@ One thread owns a loop. :func:`~..chat.batch_chat` turns it until all is answere
 """
 
 import math
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,7 @@ from paddlemix.errors import PromptError, UserError
 
 from ..generation import GenerationConfig, TextStream
 from ..layers import count_parameters, take_rows
+from ..router import kept_tokens
 from .pages import PageTable
 from .sampling import Choice, Chooser
 from .scheduler import Scheduler, Sequence
@@ -106,6 +108,7 @@ class Loop:
         self.tower = Tower(model, image_cache, vision_adapters)
         self.longest = min(longest or self.positions, model.config.llm_config.context_length, self.positions)
         self._turn, self.at_once = 0, at_once
+        self._unsettled = deque()  # jobs that do not know yet which of their tiles are compact
 
     @property
     def positions(self):
@@ -115,24 +118,41 @@ class Loop:
     @property
     def is_busy(self):
         """Whether a job waits or runs."""
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return bool(self._unsettled or self.scheduler.waiting or self.scheduler.running)
+
+    @property
+    def waiting(self):
+        """Jobs that wait for their turn."""
+        return [*self.scheduler.waiting, *self._unsettled]
+
+    def routes(self, job):
+        """Whether the length of a job's prompt depends on what its pictures show."""
+        return self.model.routes and bool(job.pictures)
 
     def make_job(self, ids, config, pictures=(), **more):
         """A job for the prompt ``ids``, with ``max_new_tokens`` cut to the room that is left.
 
+        Where tiles may be compact, ``ids`` have all their context tokens, and the room is known later: :meth:`step` tells.
+
         Raises:
             PromptError: the prompt leaves no room.
         """
-        limit = self.longest
-        if len(ids) >= limit:
+        job = Job(list(ids), len(ids), list(pictures), config=config, **more)
+        if not self.routes(job):
+            self._fit(job)
+        return job
+
+    def _fit(self, job):
+        """Cut a job's answer to the room that its prompt leaves."""
+        count, limit = job.prompt, self.longest
+        if count >= limit:
             raise PromptError(
-                f"the prompt has {len(ids)} tokens but the model's context is {limit}: "
+                f"the prompt has {count} tokens but the model's context is {limit}: "
                 "use fewer tiles (--max_num), fewer pictures, or a shorter text"
             )
-        config = GenerationConfig.of(config, max_new_tokens=min(config.max_new_tokens, limit - len(ids)))
-        variant = self.model.language_model.model.rope.variant(len(ids))
-        variant = None if isinstance(variant, int) else str(variant)
-        return Job(list(ids), len(ids), list(pictures), variant=variant, config=config, **more)
+        job.config = GenerationConfig.of(job.config, max_new_tokens=min(job.config.max_new_tokens, limit - count))
+        variant = self.model.language_model.model.rope.variant(count)
+        job.variant = None if isinstance(variant, int) else str(variant)
 
     def add(self, job):
         """Let a job wait for its turn."""
@@ -140,17 +160,22 @@ class Loop:
         job.text = job.reader or TextStream(
             self.tokenizer, job.config.stop_strings, job.cuts, job.skip_special_tokens, job.strip
         )
-        self.scheduler.add(job)
+        if self.routes(job):
+            self._unsettled.append(job)
+        else:
+            self.scheduler.add(job)
 
     def remove(self, job):
         """Forget a job: it was answered, or nobody wants the answer any more."""
+        if job in self._unsettled:
+            self._unsettled.remove(job)
         self.scheduler.remove(job)
         self.tower.release(job)
 
     def step(self):
         """One turn; a list of :class:`Event`."""
+        events = self._settle() if self._unsettled else []
         plan = self.scheduler.plan()
-        events = []
         for job in plan.admitted:
             try:
                 hits = self.tower.want(job)
@@ -176,6 +201,37 @@ class Loop:
         elif self.tower.is_busy:
             self.tower.slice()
         return events
+
+    def _settle(self):
+        """Let those wait for their turn whose gates are known: tiles have their sizes from then on."""
+        events = []
+        room = self.scheduler.max_seqs - len(self.scheduler.running) - len(self.scheduler.waiting)
+        for job in list(self._unsettled)[: max(0, room)]:  # features of more would only lie there
+            try:
+                if job.image_hits is None:
+                    job.image_hits = self.tower.want(job)
+                if not self.tower.has(job):
+                    continue
+                self._shorten(job)
+            except UserError as error:
+                events.append(self._fail(job, error))
+                continue
+            self._unsettled.remove(job)
+            self.scheduler.add(job)
+        return events
+
+    def _shorten(self, job):
+        """Leave out the context tokens that compact tiles of a job do not have."""
+        tiles, gone = self.tower.pictures(job), 0
+        kept = np.ones(job.prompt, bool)
+        for picture, part, compact in zip(job.pictures, tiles, self.model.decided(tiles)):
+            own = kept_tokens(compact, part.fine.shape[1], part.coarse.shape[1])
+            kept[picture.start : picture.start + picture.count] = own
+            picture.start, picture.count, picture.compact = picture.start - gone, int(own.sum()), compact
+            gone += len(own) - picture.count
+        job.tokens = np.asarray(job.tokens)[kept].tolist()
+        job.prompt = len(job.tokens)
+        self._fit(job)
 
     def _prefill(self, chunks):
         logits = self.stepper.prefill([(job, count, self.tower.features(job, count)) for job, count in chunks])

@@ -21,12 +21,19 @@ class Picture:
     Attributes:
         digest: of what it looks like to the model, bytes; equal ones have equal features.
         tiles: ``[T, 3, height, width]`` float32, or a function that returns them.
+        compact: which tiles are in their coarse form, bool array ``[T]``; None where tiles have one form.
     """
 
     digest: bytes
     start: int
     count: int
     tiles: object = None
+    compact: object = None
+
+    @property
+    def identity(self):
+        """Bytes that are equal where the features in the prompt are."""
+        return self.digest if self.compact is None else self.digest + self.compact.tobytes()
 
 
 @dataclass(eq=False)
@@ -63,7 +70,7 @@ class Sequence:
         while len(self.hashes) <= index:
             at = len(self.hashes) * size
             parent = self.hashes[-1] if self.hashes else repr((self.adapter, self.variant)).encode()
-            inside = [p.digest for p in self.pictures if p.start < at + size and at < p.start + p.count]
+            inside = [p.identity for p in self.pictures if p.start < at + size and at < p.start + p.count]
             self.hashes.append(page_hash(parent, self.tokens[at : at + size], inside))
         return self.hashes[index]
 

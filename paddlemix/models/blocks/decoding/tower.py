@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 import numpy as np
 import paddle
 
+from ..router import RoutedTiles
 from .routing import routed
 
 __all__ = ["Tower"]
@@ -25,7 +26,8 @@ class Tower:
 
     def __init__(self, model, capacity=0, vision_adapters=()):
         self.model, self.capacity, self.vision_adapters = model, capacity, set(vision_adapters)
-        self._kept, self._bytes = OrderedDict(), 0  # features [tokens, D] by key, the longest unused first
+        # Features [tokens, D] by key, or RoutedTiles where tiles have two forms, the longest unused first.
+        self._kept, self._bytes = OrderedDict(), 0
         self._wanted, self._claims = {}, {}  # users of each key, and the keys of each sequence
         self._tiles = deque()  # (key, tile [3, H, W])
         self._parts, self._work, self._batch = {}, None, []
@@ -40,7 +42,7 @@ class Tower:
 
     def want(self, sequence):
         """Order the features that a sequence still needs; returns how many of its pictures need no computing."""
-        self.release(sequence)
+        before = self._claims.pop(sequence, ())  # let go at the end: what it already has is not to be computed again
         hits, keys = 0, []
         for picture in sequence.pictures:
             key = self._key(sequence, picture)
@@ -59,11 +61,15 @@ class Tower:
                 self._tiles += [(key, i, tile) for i, tile in enumerate(tiles)]
         if keys:
             self._claims[sequence] = keys
+        self._let_go(before)
         return hits
 
     def release(self, sequence):
         """Take back :meth:`want`: the sequence needs no features any more."""
-        for key in self._claims.pop(sequence, ()):
+        self._let_go(self._claims.pop(sequence, ()))
+
+    def _let_go(self, keys):
+        for key in keys:
             self._wanted[key] -= 1
             if self._wanted[key]:
                 continue
@@ -77,6 +83,10 @@ class Tower:
         """Whether all features that the rest of a sequence's prompt needs are there."""
         return all(p.start + p.count <= sequence.computed or self._key(sequence, p) in self._kept for p in sequence.pictures)
 
+    def pictures(self, sequence):
+        """What is kept of each picture of a sequence that :meth:`has` all."""
+        return [self._kept[self._key(sequence, picture)] for picture in sequence.pictures]
+
     def features(self, sequence, count):
         """Places and values of the context tokens among the next ``count`` tokens, as :meth:`Stepper.prefill` takes them."""
         first, last = sequence.computed, sequence.computed + count
@@ -85,7 +95,9 @@ class Tower:
             a, b = max(first, picture.start), min(last, picture.start + picture.count)
             if a < b:
                 places.append(np.arange(a - first, b - first))
-                values.append(self._kept[self._key(sequence, picture)][a - picture.start : b - picture.start])
+                kept = self._kept[self._key(sequence, picture)]
+                kept = kept if picture.compact is None else kept.features(picture.compact)
+                values.append(kept[a - picture.start : b - picture.start])
         return (np.concatenate(places), paddle.concat(values)) if places else None
 
     @paddle.no_grad()
@@ -112,7 +124,10 @@ class Tower:
             parts[index] = feature
             if all(part is not None for part in parts):
                 del self._parts[key]
-                self._kept[key] = paddle.concat(parts) if len(parts) > 1 else feature.clone()
+                if isinstance(feature, RoutedTiles):
+                    self._kept[key] = RoutedTiles.joined(parts)
+                else:
+                    self._kept[key] = paddle.concat(parts) if len(parts) > 1 else feature.clone()
                 self._bytes += _bytes(self._kept[key])
         self._shrink()
 
@@ -124,5 +139,5 @@ class Tower:
                 self._bytes -= _bytes(self._kept.pop(key))
 
 
-def _bytes(tensor):
-    return tensor.size * tensor.element_size()
+def _bytes(kept):
+    return kept.nbytes if isinstance(kept, RoutedTiles) else kept.size * kept.element_size()
