@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -224,3 +225,140 @@ def test_repositories_with_other_weights(environment, hub):
     del hub.files["pytorch_model.bin"]
     kind, text = resolve_in(online, NAME)
     assert kind == "ERROR" and "no complete set of weights" in text
+
+
+# ---------------------------------------------------------------------- ModelScope
+
+
+class Scope(Hub):
+    """As much of ModelScope as a snapshot needs."""
+
+    def do_GET(self):
+        server = self.server
+        path, _, query = self.path.partition("?")
+        query = urllib.parse.parse_qs(query)
+        server.requests.append((self.command, self.path, self.headers.get("Range")))
+        if path == f"/api/v1/models/{NAME}/repo/files":
+            files = [
+                {"Path": name, "Name": name, "Type": "blob", "Size": len(data), "Sha256": hashlib.sha256(data).hexdigest()}
+                for name, data in server.files.items()
+            ]
+            body = json.dumps({"Code": 200, "Success": True, "Data": {"Files": files}}).encode()
+            return self.answer(200, body, {"Content-Type": "application/json"})
+        name = query.get("FilePath", [None])[0]
+        if path != f"/api/v1/models/{NAME}/repo" or name not in server.files:
+            return self.answer(404, b"", {})
+        body = server.files[name]
+        body = server.altered.get(name, body)
+        cut = len(body)
+        if self.command == "GET" and name == server.cut:
+            server.cut, cut = None, len(body) // 2
+        start = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if start and (int(start[1]) or start[2]):
+            first, last = int(start[1]), int(start[2] or len(body) - 1)
+            return self.answer(206, body[first : last + 1], {"Content-Range": f"bytes {first}-{last}/{len(body)}"})
+        return self.answer(200, body, {"Accept-Ranges": "bytes"}, cut)
+
+
+@pytest.fixture
+def scope(environment):
+    """A server with the reference checkpoint that ModelScope's library is told to use."""
+    pytest.importorskip("modelscope")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Scope)
+    server.files = {path.name: path.read_bytes() for path in CHECKPOINT.iterdir()}
+    server.files |= {"modeling_internvl_chat.py": b"raise SystemExit('ran')", "pytorch_model.bin": b"x"}
+    server.requests, server.cut, server.altered = [], None, {}
+    environment["MODELSCOPE_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def found_in(result):
+    """The directory that was found; the library may have written before it."""
+    kind, text = result
+    assert "FOUND " in f"{kind} {text}", text
+    return Path(f"{kind} {text}".rpartition("FOUND ")[2])
+
+
+def test_names_at_modelscope(environment, scope):
+    directory = found_in(resolve_in(environment, f"modelscope:{NAME}"))
+    assert {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file() and path.name[0] != "."} == {
+        path.name: path.read_bytes() for path in CHECKPOINT.iterdir()
+    }
+    assert str(directory).startswith(f"{environment['HOME']}/.cache/modelscope")
+    assert not any(re.search(r"\.py|\.bin", path) for _, path, _ in scope.requests)
+    scope.requests.clear()  # what is there is used without a request, by either way of naming it
+    assert found_in(resolve_in(environment, f"modelscope:{NAME}")) == directory
+    assert found_in(resolve_in(environment | {"FD_MODEL_SOURCE": "MODELSCOPE"}, NAME)) == directory
+    assert not scope.requests
+    kind, text = resolve_in(environment, NAME)  # without either, all is as it was
+    assert kind == "ERROR" and "Hugging Face" in text and not scope.requests
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_folders_of_names_with_a_source(environment, scope, tmp_path, own):
+    environment |= {"FD_MODEL_SOURCE": "MODELSCOPE", "FD_MODEL_CACHE": str(tmp_path / "fd")}
+    environment |= {"PADDLEMIX_HOME": str(tmp_path / "home")} if own else {}
+    target = tmp_path / ("home" if own else "fd") / NAME
+    assert found_in(resolve_in(environment, NAME)) == target
+    scope.requests.clear()
+    assert found_in(resolve_in(environment, NAME)) == target and not scope.requests
+    if own:  # FastDeploy's folder is looked at after the own one
+        shutil.move(tmp_path / "home", tmp_path / "fd")
+        assert found_in(resolve_in(environment, NAME)) == tmp_path / "fd" / NAME and not scope.requests
+        (tmp_path / "home").mkdir()
+        shutil.copytree(CHECKPOINT, target)
+        assert found_in(resolve_in(environment, NAME)) == target and not scope.requests
+    kind, _ = resolve_in({k: v for k, v in environment.items() if k not in ("FD_MODEL_SOURCE", "PADDLEMIX_HOME")}, NAME)
+    assert kind == "ERROR"  # without a source, FastDeploy's folder is not looked at
+
+
+def test_an_interrupted_download_from_modelscope_is_resumed(environment, scope):
+    scope.cut = shard = "model-00002-of-00002.safetensors"
+    scope.files[shard] = os.urandom(6 << 20)
+    directory = found_in(resolve_in(environment, f"modelscope:{NAME}"))
+    assert (directory / shard).read_bytes() == scope.files[shard]
+    spans = [span for _, path, span in scope.requests if path.endswith(shard)]
+    assert any(span and int(re.match(r"bytes=(\d+)-", span)[1]) > 0 for span in spans)
+
+
+def test_what_differs_from_its_checksum_is_refused(environment, scope):
+    shard = "model-00002-of-00002.safetensors"
+    scope.altered[shard] = bytes(len(scope.files[shard]))
+    kind, text = resolve_in(environment, f"modelscope:{NAME}")
+    text = f"{kind} {text}".rpartition("ERROR ")[2]
+    assert "cannot be downloaded from ModelScope" in text and "1 of" in text
+    scope.altered.clear()
+    directory = found_in(resolve_in(environment, f"modelscope:{NAME}"))
+    assert (directory / shard).read_bytes() == scope.files[shard]
+
+
+def test_places_are_named_where_nothing_is_found(environment, tmp_path):
+    pytest.importorskip("modelscope")
+    environment |= {"MODELSCOPE_ENDPOINT": CLOSED, "PADDLEMIX_HOME": str(tmp_path / "own"), "HF_HUB_OFFLINE": "1"}
+    environment |= {"FD_MODEL_CACHE": str(tmp_path / "fd"), "MODELSCOPE_CACHE": str(tmp_path / "ms")}
+    kind, text = resolve_in(environment, f"modelscope:{NAME}")
+    assert kind == "ERROR" and text.count("\n") == 0
+    for place in (tmp_path / "own" / NAME, tmp_path / "fd" / NAME, tmp_path / "ms", "ModelScope", "HF_HUB_OFFLINE"):
+        assert str(place) in text
+    kind, text = resolve_in(environment, f"huggingface:{NAME}")
+    assert kind == "ERROR" and environment["HF_HOME"] in text and "from Hugging Face" in text
+    kind, text = resolve_in(environment | {"FD_MODEL_SOURCE": "AISTUDIO"}, NAME)
+    assert kind == "ERROR" and "FD_MODEL_SOURCE is 'AISTUDIO': only HUGGINGFACE and MODELSCOPE" in text
+
+
+def test_a_library_that_is_not_there_is_named(environment, tmp_path):
+    (tmp_path / "modelscope.py").write_text("raise ModuleNotFoundError(\"No module named 'modelscope'\", name='modelscope')")
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[2])\n"
+        "from paddlemix.checkpoints.hub import resolve\n"
+        "try: resolve(sys.argv[1])\n"
+        "except Exception as error: print(error)"
+    )
+    command = [sys.executable, "-c", program, f"modelscope:{NAME}", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
+    assert "modelscope is not installed" in done.stdout and "pip install" in done.stdout

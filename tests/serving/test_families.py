@@ -21,9 +21,7 @@ def test_answers_are_those_of_chat(family):
     images = [REFERENCE / "images" / f"img{i}.png" for i in range(3)]
 
     def asked(question, *numbers):
-        pixels = [
-            load_image(str(images[i]), input_size=config.image_size, max_num=config.max_dynamic_patch) for i in numbers
-        ]
+        pixels = [load_image(str(images[i]), input_size=config.image_size, max_num=config.max_dynamic_patch) for i in numbers]
         session = ChatSession(model, tokenizer)
         said = session.ask(question, pixels or None, {"max_new_tokens": 24, "do_sample": False})
         return said, session.reasoning, len(session._ids)

@@ -231,6 +231,8 @@ def batch_chat(
     model.set_tokenizer(tokenizer)
     template = (template or model.template()).with_system_message(model.system_message)
     histories = [[tuple(turn) for turn in turns or []] for turns in (history or [None] * len(questions))]
+    if isinstance(pixel_values, (list, tuple)) and not len(pixel_values):
+        pixel_values = None
     if isinstance(pixel_values, (list, tuple)):
         parts = [split_pictures(part) for part in pixel_values]
         if num_patches_list is None:
@@ -247,6 +249,7 @@ def batch_chat(
         return ([], []) if return_history else []
     counts = [[n] if isinstance(n, (int, np.integer)) else host_list(n) for n in num_patches_list]
     pixel_values, _ = split_pictures(pixel_values, [n for row in counts for n in row])
+    counts = [[n for n in row if n] for row in counts]  # what has no tiles is no picture
 
     questions = list(questions)
     prompts, features, routed = [], None, None

@@ -117,7 +117,7 @@ def split_pictures(pixel_values, num_patches_list=None):
     counts = [_count(n) for n in host_list(num_patches_list)]
     if sum(counts) != total:
         raise PromptError(f"num_patches_list counts {sum(counts)} tiles but pixel_values has {total}")
-    return pixels, counts
+    return pixels, [n for n in counts if n]  # what has no tiles is no picture
 
 
 def host_list(values):

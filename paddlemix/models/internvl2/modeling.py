@@ -145,7 +145,7 @@ class InternVLChatModel(ChatModel):
             )
 
     def feature_steps(self, pixel_values):
-        """:meth:`extract_feature` of a few tiles in slices: yields None after each block of the tower, then each tile's features.
+        """:meth:`extract_feature` of a few tiles in slices: None after each block of the tower, then each tile's features.
 
         Where tiles may take a coarse form, these are a :class:`~paddlemix.models.blocks.router.RoutedTiles` each.
         """

@@ -199,6 +199,13 @@ def test_models_and_tokenizers_that_do_not_belong_together():
     small.model.set_tokenizer(small.tokenizer)
 
 
+@pytest.mark.parametrize("pixels, counts", [(None, None), (None, [0, 0]), (None, [[], [0]]), ([], None), ([None, None], None)])
+def test_a_batch_without_pictures(pixels, counts):
+    reference, questions = load_reference("qwen2"), ["Hello", "Who are you?"]
+    alone = [reference.model.chat(reference.tokenizer, None, question, GREEDY) for question in questions]
+    assert reference.model.batch_chat(reference.tokenizer, pixels, questions, GREEDY, counts) == alone
+
+
 def test_an_empty_batch_has_no_answers():
     reference = load_reference("qwen2")
     assert reference.model.batch_chat(reference.tokenizer, None, [], GREEDY) == []

@@ -147,7 +147,9 @@ def test_pages_are_shared_only_where_tiles_keep_their_size(flash):
 
 
 def test_room_counts_what_is_left_of_a_prompt(flash):
-    shortest = min((chat for chat in flash.expected["chats"] if chat.get("prompt_tokens")), key=lambda chat: chat["prompt_tokens"])
+    shortest = min(
+        (chat for chat in flash.expected["chats"] if chat.get("prompt_tokens")), key=lambda chat: chat["prompt_tokens"]
+    )
     turns, counts = [(shortest["question"], None)], shortest["num_patches_list"]
     assert not shortest["history"]
     room = shortest["prompt_tokens"] + 4
