@@ -6,7 +6,7 @@ import importlib.util
 import sys
 
 _BLOCKS = "adapters chat engine flops generation language layers lora vision"
-_DATASETS = "collate dataset loading packing records samplers"
+_DATASETS = "collate dataset encoding loading packing records samplers"
 MOVED = {
     **{f"paddlemix.models.internvl2.{name}": f"paddlemix.models.blocks.{name}" for name in _BLOCKS.split()},
     "paddlemix.models.internvl2.hub": "paddlemix.checkpoints.hub",

@@ -2,12 +2,11 @@
 
 from paddlemix.datasets.collate import Collator
 from paddlemix.datasets.dataset import BadSampleLog, InternVLDataset, costs, measure
+from paddlemix.datasets.encoding import DataOptions, SampleEncoder
 from paddlemix.datasets.loading import BatchLoader
 from paddlemix.datasets.packing import PackedBatches, Packer, rows_per_epoch
 from paddlemix.datasets.records import Record, Source, read_meta
 from paddlemix.datasets.samplers import SampleOrder, TrainBatchSampler, sequential_batches
-
-from .encoding import DataOptions, SampleEncoder
 
 __all__ = [
     "BadSampleLog",

@@ -27,13 +27,12 @@ from paddlemix.checkpoints.hub import resolve
 from paddlemix.commands import Parser
 from paddlemix.datasets import doubts as doubtful
 from paddlemix.datasets.doubts import Doubts, look_at
+from paddlemix.datasets.encoding import DataOptions, SampleEncoder
 from paddlemix.datasets.preference import PreferenceEncoder, answered, parse_preference
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import ConfigError, UserError, command_main
 from paddlemix.models.blocks.conversation import IGNORE_INDEX
 from paddlemix.models.internvl2 import InternVLChatConfig, load_tokenizer
-
-from .encoding import DataOptions, SampleEncoder
 
 DEMO_MODEL = Path(paddlemix.__file__).parent / "demo_model"
 

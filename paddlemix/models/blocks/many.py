@@ -16,13 +16,13 @@ _PICTURES = 256 << 20  # bytes of features that wait for another question about 
 
 
 class Answer:
-    """What became of a prompt: its ``key``, the ``text``, the ``reason`` of its end (``stop``, ``length`` or ``error``), and in
-    the last case the ``error``. Where answers have channels, ``said`` is all that the next prompt needs of it."""
+    """What became of a prompt: its ``key``, the ``text`` and its ``ids``, the ``reason`` of its end (``stop``, ``length`` or
+    ``error``), and in the last case the ``error``. Where answers have channels, ``said`` is all that the next prompt needs."""
 
-    __slots__ = ("error", "key", "reason", "said", "text")
+    __slots__ = ("error", "ids", "key", "reason", "said", "text")
 
-    def __init__(self, key, text, reason, error=None, said=None):
-        self.key, self.text, self.reason, self.error, self.said = key, text, reason, error, said
+    def __init__(self, key, text, reason, error=None, said=None, ids=()):
+        self.key, self.text, self.reason, self.error, self.said, self.ids = key, text, reason, error, said, ids
 
 
 def suit_threads(model):
@@ -85,7 +85,8 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
             texts[event.job] += event.piece
             if event.reason:
                 said = event.job.reader.said if event.job.reader else None
-                ended.append(Answer(keys.pop(event.job), texts.pop(event.job), event.reason, event.error, said))
+                key, text = keys.pop(event.job), texts.pop(event.job)
+                ended.append(Answer(key, text, event.reason, event.error, said, event.job.answer))
         if ended:
             yield ended
         elif not keys:

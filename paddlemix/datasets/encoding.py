@@ -14,7 +14,6 @@ from paddlemix.datasets.records import VIDEO_PLACEHOLDER
 from paddlemix.datasets.shards import on_disk
 from paddlemix.errors import ConfigError, DataError
 from paddlemix.models.blocks.conversation import IGNORE_INDEX, IMAGE_PLACEHOLDER, IMG_CONTEXT, encode_conversations
-from paddlemix.models.internvl2.conversation import get_template
 from paddlemix.processors import minimonkey
 from paddlemix.processors.image import (
     dynamic_preprocess,
@@ -90,6 +89,19 @@ class DataOptions:
         return cls(**{**own, **changes})
 
 
+def as_template(template):
+    """A :class:`Template`, or the one of that name.
+
+    Raises:
+        PromptError: there is none.
+    """
+    if not isinstance(template, str):
+        return template
+    from paddlemix.models.internvl2.conversation import get_template
+
+    return get_template(template)
+
+
 class SampleEncoder:
     """Turns records into samples for one checkpoint.
 
@@ -106,7 +118,7 @@ class SampleEncoder:
 
     def __init__(self, tokenizer, template, options):
         self.tokenizer, self.options = tokenizer, options
-        self.template = get_template(template) if isinstance(template, str) else template
+        self.template = as_template(template)
         self._context = tokenizer.require_token_id(IMG_CONTEXT)
         tokenizer.require_token_id(self.template.stop)
 
@@ -159,6 +171,15 @@ class SampleEncoder:
         frames = int(rng.integers(options.min_num_frame, options.max_num_frame, endpoint=True))
         with on_disk(record.video) as path:
             return sample_frames(path, frames, record.clip, options.sampling_method, rng)
+
+    def tiles_of(self, record, rng=None):
+        """The tiles of each picture of a record, as chatting takes them: list of float32 ``[T, 3, size, size]``.
+
+        Raises:
+            ImageError, VideoError: one cannot be read.
+        """
+        bound, scales = self.tile_bound(record), self._scales(record)
+        return [self._pixels(picture, bound, None, scales) for picture in self.open_pictures(record, rng)]
 
     def tile_bound(self, record, max_dynamic_patch=None):
         """Most tiles of each of a record's pictures, thumbnail not counted."""

@@ -1,4 +1,4 @@
-"""Pairs of answers to one question, of which one is preferred: records, token ids and batches.
+"""Records of pairs of answers to one question, of which one is preferred, and their token ids.
 
 A row has ``question``, ``chosen``, ``rejected`` and ``image`` (MMPR); or ``messages``, whose last answer is the chosen one, and
 ``rejected_response``; or ``prompt``, ``chosen``, ``rejected`` and ``images``, as other trainers have them, also
@@ -7,19 +7,15 @@ without ``prompt`` where both answers are whole conversations. Each may have sev
 
 from dataclasses import dataclass, fields, replace
 
-import numpy as np
-
+from paddlemix.datasets.encoding import as_template, marked
+from paddlemix.datasets.records import Record, load_object, read_record
 from paddlemix.errors import DataError
-from paddlemix.models.blocks.conversation import IGNORE_INDEX, encode_conversations
-
-from .collate import Collator, padded, usable
-from .internvl2.encoding import SampleEncoder, marked
-from .records import Record, load_object, read_record
+from paddlemix.models.blocks.conversation import encode_conversations
 
 
 @dataclass(frozen=True)
 class PreferenceRecord(Record):
-    """A :class:`~.records.Record` that ends in the chosen answer, and the rejected one in its place."""
+    """A :class:`~paddlemix.datasets.records.Record` that ends in the chosen answer, and the rejected one in its place."""
 
     rejected: str = ""
 
@@ -31,7 +27,7 @@ class PreferenceRecord(Record):
 
 
 def parse_preference(line, root=""):
-    """Read one line of a JSON-lines file of pairs; see :func:`~.records.parse_record`.
+    """Read one line of a JSON-lines file of pairs; see :func:`~paddlemix.datasets.records.parse_record`.
 
     Raises:
         DataError: what is wrong, without saying where.
@@ -126,10 +122,7 @@ def encode_preference(record, tokenizer, template, image_token_counts=()):
     Raises:
         PromptError: as :func:`~paddlemix.models.blocks.conversation.encode_conversations`. DataError: not a pair.
     """
-    if isinstance(template, str):
-        from paddlemix.models.internvl2.conversation import get_template
-
-        template = get_template(template)
+    template = as_template(template)
     if isinstance(record, dict):
         record = read_preference(record)
     sides = [marked(answered(record, chosen), len(record.images), "") for chosen in (True, False)]
@@ -139,71 +132,3 @@ def encode_preference(record, tokenizer, template, image_token_counts=()):
 def answered(record, chosen):
     """The record with the chosen or the rejected answer at its end."""
     return record if chosen else replace(record, conversations=record.side(chosen))
-
-
-class PairCollator(Collator):
-    """Batches of pairs: all chosen answers, then all rejected ones, a row each; tiles are there once.
-
-    Beside what :class:`Collator` gives, ``sequence`` ``[B, N]`` is the number of the answer that a label belongs to (the
-    chosen ones first, then the rejected ones), -1 for no label, and ``tile_order`` the tiles in the order of the rows.
-    """
-
-    def __call__(self, samples):
-        """Batch of pairs of :class:`PreferenceEncoder`, two rows each."""
-        batch = self.collate_rows([[sample] for sample in usable(samples)], apart=True)
-        batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
-        return batch
-
-    def collate_rows(self, rows, apart=False):
-        """Batch of rows of pairs: the answers of a pair follow each other in its row, or are rows ``apart``."""
-        samples = [sample for row in rows for sample in row]
-        sides = [
-            [("chosen", number) for number in range(len(samples))],
-            [("rejected", number) for number in range(len(samples))],
-        ]
-        if apart:
-            placed = [[side] for side in sides[0] + sides[1]]
-        else:
-            numbers = iter(range(len(samples)))
-            placed = [[(kind, n) for n in [next(numbers) for _ in row] for kind in ("chosen", "rejected")] for row in rows]
-        if not samples:
-            placed = [[("nothing", 0)]] * 2
-        ends = np.cumsum([0, *(len(sample["pixel_values"]) for sample in samples)])
-        parts, order = [], []
-        for row in placed:
-            fields = []
-            for position, (kind, number) in enumerate(row, start=1):
-                prefix = "rejected_" if kind == "rejected" else ""
-                sample = samples[number] if samples else self._nothing()
-                side = {key: sample[f"{prefix}{key}"] for key in ("input_ids", "labels")}
-                field = self._fields(side, position)
-                sequence = number + (kind == "rejected") * len(samples)
-                field["sequence"] = np.where(side["labels"] == IGNORE_INDEX, -1, sequence)
-                field["sequence"][0] = -1  # predicted from nothing
-                fields.append(field)
-                order += range(ends[number], ends[number + 1]) if samples else ()
-            parts.append({key: np.concatenate([field[key] for field in fields]) for key in fields[0]})
-        length = max(len(part["input_ids"]) for part in parts)
-        filling = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "sequence": -1}
-        batch = {key: np.stack([padded(part[key], length, filling.get(key, 0)) for part in parts]) for key in parts[0]}
-        if apart:
-            del batch["segment_ids"]
-        batch.update(self._tiles(samples, len(placed)))
-        batch["tile_order"] = np.array(order, np.int64)
-        batch["pairs"] = len(samples)
-        batch["index"] = np.array([sample.get("index", -1) for sample in samples], np.int64)
-        batch["names"] = [sample["name"] for sample in samples]
-        batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
-        return batch
-
-
-class PreferenceEncoder(SampleEncoder):
-    """Turns :class:`PreferenceRecord` objects into pairs of samples that share their tiles."""
-
-    answers = 2
-
-    def encode_answers(self, record, tiles):
-        """As :meth:`SampleEncoder.encode_answers`, and ``rejected_input_ids`` and ``rejected_labels`` beside them."""
-        ids, labels = self.encode_text(answered(record, False), tiles)
-        rejected = {"rejected_input_ids": np.array(ids, np.int64), "rejected_labels": np.array(labels, np.int64)}
-        return {**super().encode_answers(record, tiles), **rejected}
