@@ -5,7 +5,6 @@ data set; a record and its pictures are then read from their places, without unp
 by its key alone, so that a shard that was cut short loses its last records and never gives one the picture of another.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -13,10 +12,10 @@ import json
 import os
 import re
 import tarfile
-import tempfile
 
 from paddlemix.errors import DataError
 from paddlemix.files import check_regular, open_regular
+from paddlemix.processors import media
 
 from .lines import LineIndex, index_places, write_index
 
@@ -71,16 +70,9 @@ class Member:
         return self.name
 
 
-@contextlib.contextmanager
 def on_disk(source):
     """Path of a file that holds ``source``: itself, or for a :class:`Member` one that is there within the block."""
-    if not isinstance(source, Member):
-        yield source
-        return
-    with tempfile.NamedTemporaryFile(suffix=os.path.splitext(source.member)[1]) as file:
-        file.write(source.read())
-        file.flush()
-        yield file.name
+    return media.on_disk(source.read() if isinstance(source, Member) else source)
 
 
 class Shards:
