@@ -81,6 +81,14 @@ def test_features_logits_and_answers_equal_the_original(family, engine):
         assert tokens.numpy()[0].tolist() == chat["output_ids"], chat["label"]
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_answers_to_pixels_of_half_precision_are_those_of_float32(reference, dtype):
+    chat = next(chat for chat in reference.expected["chats"] if chat["num_patches_list"])
+    half = paddle.to_tensor(pictures(reference, chat)).astype(dtype)
+    tokens = reference.model.generate(half, np.array([chat["input_ids"]]), max_new_tokens=len(chat["output_ids"]))
+    assert tokens.numpy()[0].tolist() == chat["output_ids"], chat["label"]
+
+
 def test_prompts_and_responses_equal_the_original(reference):
     model, tokenizer = reference.model, reference.tokenizer
     for chat in reference.expected["chats"]:
