@@ -175,8 +175,9 @@ def main(argv=None):
     if "_ARGCOMPLETE" in os.environ:
         argv = _complete_contents()
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(contents())
-        return None
+        from paddlemix.errors import command_main
+
+        return command_main(print)(contents())
     if argv[0] == "--version":
         from paddlemix import __version__
 
