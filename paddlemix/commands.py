@@ -41,6 +41,7 @@ COMMANDS = {
         "probe": Command("paddlemix.examples.internvl.linear_probe", "what a frozen vision tower tells of classes"),
         "segment": Command("paddlemix.examples.internvl.segmentation", "segmentation on top of a vision tower"),
         "check-data": Command("paddlemix.datasets.internvl2.check", "check training data before hours are spent on it"),
+        "build-pairs": Command("paddlemix.datasets.preference.build", "make pairs for mpo of a model's own answers"),
         "plan": Command("paddlemix.training.plan", "how much memory a fine-tuning run takes"),
     },
     "Measure": {

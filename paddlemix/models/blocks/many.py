@@ -43,7 +43,8 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
         model: whose ``decodes_in_pages``, with its tokenizer set.
         tokenizer: the model's.
         asked: an iterator of (key, ids, pictures, stream): ``pictures`` as :func:`~.chat.place_pictures` returns them,
-            ``stream`` which of several answers with one seed this is. More are drawn when there is room for more; what cannot
+            ``stream`` which of several answers with one seed this is; several of one ``ids`` object in a row compute it once.
+            More are drawn when there is room for more; what cannot
             be answered is (key, an error).
         config: a :class:`~.generation.GenerationConfig` with the end of an answer.
         template: of the prompts.
@@ -54,7 +55,7 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
     Yields:
         After each turn that answered some, a list of :class:`Answer`.
     """
-    asked, held, loop, keys, texts = iter(asked), None, None, {}, {}
+    asked, held, loop, keys, texts, first = iter(asked), None, None, {}, {}, None
     group = max(1, max_seqs // 4)  # prompts are computed together, not as each place becomes free
     while True:
         ended = []
@@ -70,16 +71,20 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
                     if keys:  # they end in the cache that they began in
                         held = item
                         break
-                    loop = _loop(model, tokenizer, longest, max_seqs, memory)
+                    loop, first = _loop(model, tokenizer, longest, max_seqs, memory), None
                 reader = None
                 if template.channels and config.form is None:  # an answer in a form has no thought before it
                     reader = AnswerReader(tokenizer, template, config.stop_strings, template.cuts_at_stop)
+                after = first[1] if first is not None and first[0] is ids else None
                 try:
-                    job = loop.make_job(ids, config, pictures, stream=stream, cuts=template.cuts_at_stop, reader=reader)
+                    job = loop.make_job(
+                        ids, config, pictures, stream=stream, cuts=template.cuts_at_stop, reader=reader, after=after
+                    )
                 except PromptError as error:
                     ended.append(Answer(key, "", "error", error))
                     continue
                 loop.add(job)
+                first = first if after is not None else (ids, job)
                 keys[job], texts[job] = key, ""
         for event in loop.step() if keys else ():
             texts[event.job] += event.piece
