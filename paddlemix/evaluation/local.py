@@ -96,7 +96,7 @@ class LocalModel:
         Yields:
             As answers come, lists of (key, a dictionary with ``question`` and ``answer``, or ``error``).
         """
-        if not self.model.decodes_in_pages or self.settings.num_beams > 1 or type(self) is not LocalModel:
+        if self.settings.num_beams > 1 or type(self) is not LocalModel:
             yield from in_groups(self, task, items)
             return
         from paddlemix.models.blocks.chat import end_of_answer, prompt_and_pictures

@@ -13,6 +13,7 @@ import socket
 import ssl
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -169,6 +170,8 @@ def fetch_allowed(url, domains, private=False, seconds=MOST_SECONDS, most_bytes=
     except TimeoutError:
         raise NotFetched(url, "it took too long") from None
     except (OSError, http.client.HTTPException, ValueError):
+        if time.monotonic() >= until:
+            raise NotFetched(url, "it took too long") from None
         raise NotFetched(url, "its host cannot be reached, or does not answer as it should") from None
     raise NotFetched(url, "it redirects too often")
 
@@ -193,9 +196,15 @@ def _get(url, place, domains, private, until, most_bytes):
         return seconds
 
     raw = socket.create_connection((address, port), timeout=left())
+    # A host that sends a byte now and then meets no timeout of single reads, which heads are made of.
+    end = threading.Timer(left(), lambda: _shut(raw))
+    end.daemon = True
+    end.start()
     try:
         if secure:
-            raw = ssl.create_default_context().wrap_socket(raw, server_hostname=host)
+            context = ssl.create_default_context()
+            raw = context.wrap_socket(raw, server_hostname=host, do_handshake_on_connect=False)
+            raw.do_handshake()
         connection = http.client.HTTPConnection(host, port)
         connection.sock = raw
         raw.settimeout(left())
@@ -211,12 +220,19 @@ def _get(url, place, domains, private, until, most_bytes):
             raw.settimeout(left())
             piece = response.read1(65536)
             if not piece:
+                left()  # or it was cut
                 return bytes(data), None
             data += piece
             if len(data) > most_bytes:
                 raise NotFetched(url, f"it has more than {most_bytes >> 20} MB")
     finally:
+        end.cancel()
         raw.close()
+
+
+def _shut(connection):
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ def prepare(request, engine, adapter):
             tokenizer.require_token_id("<think>")
         except TokenizerError:
             raise RequestError("this model does not think: leave enable_thinking out", param="chat_template_kwargs") from None
-    ids = talk.ids(model, tokenizer, thinks)
-    if len(ids) >= loop.longest and not (model.routes and talk.pictures):  # there the length is known later
+    ids, compress = talk.ids(model, tokenizer, thinks), engine.family.compress(talk.extras)
+    known = not talk.pictures or not (model.routes or compress)  # else the length is known later
+    if len(ids) >= loop.longest and known:
         raise RequestError(
             f"the prompt has {len(ids)} tokens but this model's context is {loop.longest}: send less text or fewer pictures",
             param="messages",
@@ -91,6 +92,7 @@ def prepare(request, engine, adapter):
                 strip=config.form is None,
                 cuts=template.cuts_at_stop,
                 after=jobs[0] if jobs else None,
+                compress=compress,
             )
             jobs.append(job)
     except PromptError as error:

@@ -15,9 +15,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from .answers import Answer, prepare
+from .embeddings import EmbeddingRequest, written
 from .engine import Engine
 from .metrics import Metrics
-from .protocol import ChatRequest, RequestError, parse_request
+from .protocol import ChatRequest, RequestError, parse_as
 
 _log = logging.getLogger("paddlemix.serving")
 _OPEN = ("/health", "/metrics")
@@ -51,6 +52,7 @@ class Server:
         self.draining = False
         self.active = set()  # answers that are being made
         self._waiting = 0  # requests that are accepted and have not begun to run
+        self._accepted = []  # how many answers each request that is not over asks for
         self._answers = {}  # of each job
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="media")
         self._loop = None
@@ -75,7 +77,7 @@ class Server:
     @property
     def longest(self):
         """The largest context, in tokens."""
-        return self.engine.loop.longest
+        return self.engine.loop.longest if self.engine.loop is not None else None
 
     async def metrics_text(self):
         """What ``/metrics`` tells."""
@@ -141,18 +143,14 @@ class Server:
     async def chat(self, http):
         """``POST /v1/chat/completions``."""
         arrived = time.monotonic()
-        self._check_ready()
-        value = await self._body(http)
-        request = parse_request(value)
-        name = request.model or self.args.served_model_name
-        if name not in self.models:
-            raise RequestError(
-                f"the model '{name[:100]}' does not exist here", status=404, param="model", code="model_not_found"
-            )
-        self._check_ready()
-        if self._waiting >= self.args.max_queue and self._full():
+        request, name = await self._request(http, ChatRequest)
+        if self.engine.embeds:
+            raise RequestError("this model answers no questions, it makes embeddings: use /v1/embeddings")
+        choices = request.n or 1
+        if self._is_full(choices):
             raise RequestError("the server is full: try again later", status=429, headers={"Retry-After": "1"})
         self._wait(1)
+        self._accepted.append(choices)
         answer = None
         try:
             adapter = name if name in self.engine.adapters else None
@@ -165,13 +163,64 @@ class Server:
         finally:
             if answer is None:
                 self._wait(-1)
+                self._accepted.remove(choices)
         if request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(self._stream(answer), media_type="text/event-stream", headers=headers)
         return await self._whole(answer, http)
 
-    def _full(self):
-        return len(self.active) >= self.args.max_num_seqs or not self.args.max_queue
+    async def _request(self, http, kind):
+        """(a request of the pydantic model ``kind``, the name of its model) of what came in."""
+        self._check_ready()
+        request = parse_as(kind, await self._body(http))
+        name = request.model or self.args.served_model_name
+        if name not in self.models:
+            raise RequestError(
+                f"the model '{name[:100]}' does not exist here", status=404, param="model", code="model_not_found"
+            )
+        self._check_ready()
+        return request, name
+
+    def _is_full(self, choices):
+        """Whether a request of so many answers would have to wait, and as many wait as may."""
+        room, running = self.args.max_num_seqs, 0
+        for taken in [*self._accepted, choices]:
+            if taken > room and running:  # a request of more answers than there are places runs in turns
+                break
+            room, running = room - taken, running + 1
+        return len(self._accepted) + 1 - running > self.args.max_queue
+
+    async def embeddings(self, http):
+        """``POST /v1/embeddings``."""
+        arrived = time.monotonic()
+        request, name = await self._request(http, EmbeddingRequest)
+        if not self.engine.embeds:
+            raise RequestError("this model makes no embeddings, it answers questions: use /v1/chat/completions")
+        family = self.engine.family
+        if request.dimensions not in (None, family.width):
+            raise RequestError(f"dimensions can only be {family.width}, what the model has", param="dimensions")
+        items = request.items()
+        if self._waiting >= self.args.max_queue + self.args.max_num_seqs:
+            raise RequestError("the server is full: try again later", status=429, headers={"Retry-After": "1"})
+
+        def read():
+            texts = [value for kind, value in items if kind == "text"]
+            inputs = [self.engine.media.picture(value)[1] if kind == "image_url" else value for kind, value in items]
+            return inputs, sum(map(family.count, texts))
+
+        self._wait(1)
+        try:
+            async with asyncio.timeout(self.args.request_timeout):
+                inputs, tokens = await asyncio.get_running_loop().run_in_executor(self._pool, read)
+                vectors = await asyncio.gather(*map(asyncio.wrap_future, family.submit(inputs)))
+        except TimeoutError:
+            raise RequestError("the answer took too long", status=504, code="timeout") from None
+        finally:
+            self._wait(-1)
+        self.metrics.prompt_tokens.inc(tokens)
+        self.metrics.finished("stop")
+        self.metrics.latency.observe(time.monotonic() - arrived)
+        return Response(_dump(written(request, vectors, name, tokens)), media_type="application/json")
 
     def _check_ready(self):
         if self.draining or not self.engine.ready.is_set():
@@ -188,7 +237,9 @@ class Server:
         if not answer.begun:
             answer.begun = True
             self._wait(-1)
-        self.active.discard(answer)
+        if answer in self.active:
+            self.active.discard(answer)
+            self._accepted.remove(len(answer.jobs))
 
     def _left(self, answer):
         timeout = self.args.request_timeout
@@ -270,6 +321,12 @@ class Server:
         @app.post("/v1/chat/completions", openapi_extra=schema)
         async def chat(request: Request):
             return await self.chat(request)
+
+        schema = {"requestBody": {"content": {"application/json": {"schema": _inlined(EmbeddingRequest.model_json_schema())}}}}
+
+        @app.post("/v1/embeddings", openapi_extra=schema)
+        async def embeddings(request: Request):
+            return await self.embeddings(request)
 
         @app.get("/v1/models")
         async def models():

@@ -1,6 +1,5 @@
 """The thread that owns the model: jobs come in from the event loop, events go back to it, one batch a turn."""
 
-import contextlib
 import logging
 import os
 import threading
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from paddlemix.errors import ConfigError, UserError
 
+from .embeddings import Embeddings
 from .media import Media, MediaRules
 from .prompts import reserved_tokens
 
@@ -33,7 +33,7 @@ class Engine:
 
     def __init__(self, args, metrics, deliver):
         self.args, self.metrics, self.deliver = args, metrics, deliver
-        self.ready, self.failure, self.adapters = threading.Event(), None, []
+        self.ready, self.failure, self.adapters, self.family, self.loop = threading.Event(), None, [], None, None
         self.loaded = threading.Event()
         self.beat = time.monotonic()  # when the loop last turned, for whoever checks that it lives
         self._wake, self._in, self._out, self._stopping = threading.Condition(), [], [], False
@@ -46,9 +46,11 @@ class Engine:
         args = self.args
         rules = MediaRules(
             tuple(args.allowed_media_domains), args.allow_private_media, args.allowed_local_media_path, args.media_timeout,
-            int(args.max_media_mb * 2**20), args.max_num, args.num_segments,
+            int(args.max_media_mb * 2**20), args.max_num,
         )  # fmt: skip
-        self.media = Media(self.model.config, rules)
+        self.media = Media(self.family, rules)
+        if self.embeds:
+            return
         self.tokens = token_bytes(self.tokenizer, special=True)
         self.reserved = reserved_tokens(self.tokenizer)
 
@@ -80,7 +82,18 @@ class Engine:
         self.loaded.set()
         if self.failure is None:
             self.ready.set()
-            self._serve()
+            if self.embeds:
+                self.family.serve(self._beat, lambda: self._stopping)
+            else:
+                self._serve()
+
+    def _beat(self):
+        self.beat = time.monotonic()
+
+    @property
+    def embeds(self):
+        """Whether the model makes embeddings, and no answers."""
+        return isinstance(self.family, Embeddings)
 
     def _serve(self):
         while True:
@@ -129,40 +142,47 @@ class Engine:
         from paddlemix import device
         from paddlemix.checkpoints.hub import resolve
         from paddlemix.kernels import cpu as kernels
-        from paddlemix.models.blocks.decoding.loop import Loop, bytes_per_position
         from paddlemix.models.blocks.decoding.routing import attach_adapter
         from paddlemix.models.blocks.layers import count_parameters
-        from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
+
+        from .families import family_of
 
         paddle.disable_signal_handler()
         paddle.set_grad_enabled(False)
         device.set_device(args.device)
         if args.threads:
             kernels.set_num_threads(args.threads)
-        directory = resolve(args.model_name_or_path)
-        more = {}
-        if args.load_8bit or args.load_4bit:
-            import inspect
-
-            if "weight_dtype" not in inspect.signature(InternVLChatModel.from_pretrained).parameters:
-                raise ConfigError("--load_8bit and --load_4bit are not available in this version: leave them out")
-            more["weight_dtype"] = "int8" if args.load_8bit else "int4"
+        self.family = family_of(resolve(args.model_name_or_path), args)
+        if self.embeds:
+            if args.lora_modules or args.load_8bit or args.load_4bit:
+                raise ConfigError(
+                    "a model that makes embeddings has no --lora_modules, --load_8bit or --load_4bit: leave them out"
+                )
+            count = count_parameters(self.family.embedder.model)
+            self.summary = f"embeddings of {self.family.width} numbers: {count / 1e6:.1f} million parameters"
+            return
         engine = args.engine
         if args.lora_modules and engine == "inference":
             raise ConfigError("--lora_modules needs plain weights: use --engine eager")
-        model = InternVLChatModel.from_pretrained(
-            directory, dtype=args.dtype, engine="eager" if args.lora_modules else engine, **more
-        )
-        self.tokenizer = load_tokenizer(directory)
-        model.set_tokenizer(self.tokenizer)
-        vision = []
+        self.family.load("eager" if args.lora_modules else engine)
+        model, self.tokenizer = self.family.model, self.family.tokenizer
+        self._vision_adapters = []
         for name, folder in args.lora_modules:
             if attach_adapter(model, name, folder):
-                vision.append(name)
+                self._vision_adapters.append(name)
             self.adapters.append(name)
         if not args.threads and count_parameters(model.language_model) < _SMALL:
             kernels.set_num_threads(1)  # a call has less work than it takes to wake a second thread
         self.model = model
+        self._make_room()
+
+    def _make_room(self):
+        """The loop with as much cache as flags and memory allow, and what is told of it."""
+        from paddlemix.kernels import cpu as kernels
+        from paddlemix.models.blocks.decoding.loop import Loop, bytes_per_position
+        from paddlemix.models.blocks.layers import count_parameters
+
+        args, model = self.args, self.model
         longest = min(model.config.llm_config.context_length, args.max_model_len or 1 << 40)
         each = bytes_per_position(model)
         if args.kv_cache_gb:
@@ -172,11 +192,10 @@ class Engine:
         if positions < 64:
             raise ConfigError("--kv_cache_gb leaves no room for a conversation: make it larger")
         cached = args.image_cache_mb << 20
-        with contextlib.suppress(AttributeError):
-            model.eval()
         self.loop = Loop(
-            model, self.tokenizer, positions, args.max_num_seqs, image_cache=cached, vision_adapters=vision, longest=longest
-        )
+            model, self.tokenizer, positions, args.max_num_seqs,
+            image_cache=cached, vision_adapters=self._vision_adapters, longest=longest,
+        )  # fmt: skip
         longest = self.loop.longest
         weights = sum(p.size * p.element_size() for p in model.parameters())
         at_once = min(args.max_num_seqs, max(1, self.loop.positions // longest))

@@ -24,6 +24,15 @@ def add_model_flags(parser):
     add("--max_images", type=int, default=16, help="most pictures and clips in a request (default: 16)")
     add("--num_segments", type=positive, default=8, help="frames of a clip (default: 8)")
     add("--thinking", action="store_true", help="let InternVL3.5 think before it answers, where a request does not say")
+    add("--minimonkey", action="store_true", help="look at one picture at two scales, as Mini-Monkey (default: if it is one)")
+    add("--no_scm", action="store_true", help="of Mini-Monkey: keep all tokens (default: drop half of the finer scale's)")
+    add("--tiling", choices=["chat", "training"], default="chat", help="of Mini-Monkey: rule of the tiles (default: chat)")
+    add(
+        "--embedding_mode",
+        choices=["InternVL-C", "InternVL-G"],
+        default="InternVL-C",
+        help="of models of embeddings (default: InternVL-C)",
+    )
     add("--max_num", type=positive, default=None, help="most tiles of a picture (default: the checkpoint's own)")
 
 

@@ -35,56 +35,41 @@ class MediaRules:
     timeout: float = 10
     max_bytes: int = 32 << 20
     max_num: int | None = None
-    num_segments: int = 8
 
 
 class Media:
     """Reads media as a checkpoint wants them.
 
     Args:
-        config: the checkpoint's configuration.
+        family: how its pictures are read, such as :class:`~.families.InternVL2`.
         rules: :class:`MediaRules`.
     """
 
-    def __init__(self, config, rules):
-        self.config, self.rules = config, rules
+    def __init__(self, family, rules):
+        self.family, self.rules = family, rules
 
     def picture(self, url, detail=None, max_num=None):
-        """(digest, tiles ``[T, 3, H, W]``) of a picture.
+        """(digest, tiles ``[T, 3, H, W]``, what else the family needs of it) of a picture.
 
         Raises:
             RequestError: it is not allowed, cannot be had, or is no picture.
         """
-        from paddlemix.processors.internvl2.image import load_image
-
-        data, config = self._read(url, "image"), self.config
-        limit = self.rules.max_num or config.max_dynamic_patch
-        most = 1 if detail == "low" else min(max_num or limit, limit)
+        data, limit = self._read(url, "image"), self.rules.max_num or self.family.most_tiles
         try:
             self._check(data)
-            tiles = load_image(
-                data,
-                input_size=config.image_size,
-                min_num=min(config.min_dynamic_patch, most),
-                max_num=most,
-                use_thumbnail=config.use_thumbnail,
-                pad2square=config.pad2square,
-                dynamic=config.dynamic_image_size,
-            )
+            tiles, extra = self.family.read(data, min(max_num or limit, limit), detail == "low")
         except ImageError as error:
             raise RequestError(f"the picture cannot be used: {_without_inside(error)}", param="messages") from None
-        return _digest(tiles), tiles
+        return _digest(tiles), tiles, extra
 
     def frames(self, url):
         """The same for each frame of a clip, a list."""
-        from paddlemix.processors.internvl2.video import load_video
-
         data, path = self._read(url, "video"), None
         try:
             with tempfile.NamedTemporaryFile(prefix="paddlemix-clip-", delete=False) as file:  # readable by us alone
                 path = file.name
                 file.write(data)
-            pixels, counts = load_video(path, input_size=self.config.image_size, num_segments=self.rules.num_segments)
+            pixels, counts = self.family.read_clip(path)
         except (VideoError, ImageError) as error:
             text = _without_inside(error).replace(path or "", "the clip")
             raise RequestError(f"the clip cannot be used: {text}", param="messages") from None
@@ -92,7 +77,7 @@ class Media:
             if path:
                 os.unlink(path)
         edges = np.cumsum([0, *counts])
-        return [(_digest(pixels[a:b]), pixels[a:b]) for a, b in zip(edges, edges[1:])]
+        return [(_digest(pixels[a:b]), pixels[a:b], None) for a, b in zip(edges, edges[1:])]
 
     def _check(self, data):
         """Format and size from the header, before anything is decoded."""

@@ -17,8 +17,8 @@ def reserved_tokens(tokenizer):
 
 
 class Conversation:
-    """A request's messages: ``system`` (None for the model's own), ``turns`` ``[(question, answer or None), ...]``, and the
-    ``pictures`` of all marks in order, ``(digest, tiles)``.
+    """A request's messages: ``system`` (None for the model's own), ``turns`` ``[(question, answer or None), ...]``, and of all
+    marks in order the ``pictures``, ``(digest, tiles)``, and their ``extras``, what else the family needs.
 
     Args:
         messages: of a :class:`~.protocol.ChatRequest`.
@@ -30,7 +30,7 @@ class Conversation:
 
     def __init__(self, messages, media, reserved, max_images, template):
         self._template = template
-        self.system, self.turns, self.pictures = None, [], []
+        self.system, self.turns, self.pictures, self.extras = None, [], [], []
         self._reserved = reserved
         parts = [self._split(m) for m in messages]
         count = sum(len(images) + len(videos) for _, images, videos in parts)
@@ -50,7 +50,8 @@ class Conversation:
                     found += frames
                     labels += [f"Frame{i + 1}: " for i in range(len(frames))]
                 text = self._marked(text, labels)
-                self.pictures += found
+                self.pictures += [(digest, tiles) for digest, tiles, _ in found]
+                self.extras += [extra for *_, extra in found]
             elif role == "assistant":
                 text = thinking.remembered(template, self._allowed(message.thought).strip(), text)
             self._add(role, text, before)

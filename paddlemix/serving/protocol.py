@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-__all__ = ["ChatRequest", "RequestError", "parse_request"]
+__all__ = ["ChatRequest", "RequestError", "Strict", "parse_as", "parse_request"]
 
 
 class RequestError(Exception):
@@ -22,11 +22,13 @@ class RequestError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-class _Part(BaseModel):
+class Strict(BaseModel):
+    """What every part of a request keeps to."""
+
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
-class Url(_Part):
+class Url(Strict):
     """Where a picture or clip is, and how closely a picture is looked at."""
 
     url: str
@@ -34,7 +36,7 @@ class Url(_Part):
     max_dynamic_patch: int | None = Field(None, ge=1, le=1024)
 
 
-class Part(_Part):
+class Part(Strict):
     """One part of a message's content."""
 
     type: Literal["text", "image_url", "video_url"]
@@ -50,7 +52,7 @@ class Part(_Part):
         return self
 
 
-class Message(_Part):
+class Message(Strict):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -70,7 +72,7 @@ class Message(_Part):
         return self
 
 
-class StreamOptions(_Part):
+class StreamOptions(Strict):
     """Options of a stream."""
 
     include_usage: bool | None = None
@@ -85,14 +87,14 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(_Part):
+class ResponseFormat(Strict):
     """OpenAI's ``response_format``."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StructuredOutputs(_Part):
+class StructuredOutputs(Strict):
     """vLLM's ``structured_outputs``."""
 
     json_: Any = Field(None, alias="json")
@@ -100,13 +102,13 @@ class StructuredOutputs(_Part):
     choice: list[str] | None = None
 
 
-class TemplateOptions(_Part):
+class TemplateOptions(Strict):
     """vLLM's ``chat_template_kwargs``."""
 
     enable_thinking: bool | None = None
 
 
-class ChatRequest(_Part):
+class ChatRequest(Strict):
     """A request; absent or null is the default, and fields that nobody knows are passed over."""
 
     model: str | None = None
@@ -196,7 +198,12 @@ class ChatRequest(_Part):
 
 
 def parse_request(value):
-    """A :class:`ChatRequest` from parsed JSON.
+    """A :class:`ChatRequest` from parsed JSON; raises as :func:`parse_as`."""
+    return parse_as(ChatRequest, value)
+
+
+def parse_as(kind, value):
+    """A request of the pydantic model ``kind`` from parsed JSON.
 
     Raises:
         RequestError: a field is missing, or of a wrong type or value.
@@ -204,7 +211,7 @@ def parse_request(value):
     if not isinstance(value, dict):
         raise RequestError("the body must be a JSON object")
     try:
-        return ChatRequest.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         steps = [str(step) for step in first["loc"] if not (isinstance(step, str) and step[:1].isupper())]

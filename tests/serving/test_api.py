@@ -136,15 +136,21 @@ def test_what_is_no_request_and_other_paths(url):
     assert json.loads(ask(url, path="/models")[2])["data"][0]["id"] == "demo_model"
 
 
-def test_a_bomb_of_pixels(url):
+def bomb():
+    """A PNG of 30,000 x 30,000 pixels, one bit each."""
+
     def chunk(kind, data):
         return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
 
     side = (30000).to_bytes(4, "big")
     rows = zlib.compress(bytes(3751 * 30000))
-    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side * 2 + bytes([1, 0, 0, 0, 0])) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", side * 2 + bytes([1, 0, 0, 0, 0])) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_a_bomb_of_pixels(url):
+    data = bomb()
     begun = time.monotonic()
-    status, _, text = ask(url, {"messages": messages("x", picture(bomb))})
+    status, _, text = ask(url, {"messages": messages("x", picture(data))})
     assert status == 400 and "pixels" in text and time.monotonic() - begun < 10
 
 
@@ -205,6 +211,7 @@ def test_what_is_wrong_at_the_start(tmp_path):
 def test_media_rules(tmp_path):
     from types import SimpleNamespace
 
+    from paddlemix.serving.families import InternVL2
     from paddlemix.serving.media import Media, MediaRules
     from paddlemix.serving.protocol import RequestError
 
@@ -219,7 +226,9 @@ def test_media_rules(tmp_path):
     config = SimpleNamespace(
         image_size=28, min_dynamic_patch=1, max_dynamic_patch=4, use_thumbnail=True, pad2square=False, dynamic_image_size=True
     )
-    media = Media(config, MediaRules(local=str(inside), domains=("localhost",)))
+    family = InternVL2(None, None)
+    family.model = SimpleNamespace(config=config)
+    media = Media(family, MediaRules(local=str(inside), domains=("localhost",)))
     assert media.picture(f"file://{inside}/x.png")[1].shape[1:] == (3, 28, 28)
     assert len(media.picture(f"file://{inside}/x.png", "low")[1]) == 1
     for url in (f"file://{inside}/link.png", f"file://{outside}/x.png", f"file://{inside}/../out/x.png", f"file://{inside}"):
@@ -234,6 +243,7 @@ def test_media_rules(tmp_path):
         media.picture(picture(buffer.getvalue())["image_url"]["url"])
 
 
+@pytest.mark.slow
 def test_heads_without_end_and_what_is_no_http(url):
     host, port = url.removeprefix("http://").removesuffix("/v1").split(":")
 
@@ -272,6 +282,7 @@ def test_heads_without_end_and_what_is_no_http(url):
             received += connection.recv(1 << 20)
 
 
+@pytest.mark.slow
 def test_a_log_that_nobody_reads_holds_up_nobody():
     command = [sys.executable, "-m", "paddlemix.serving", "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

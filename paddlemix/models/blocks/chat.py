@@ -268,7 +268,7 @@ def batch_chat(
     config = end_of_answer(generation_config, template, tokenizer, model)
     config = model.fit_context(config, max(map(len, prompts)))
     given = (model, tokenizer, pixel_values, prompts, counts, config, template)
-    in_pages = config.num_beams == 1 and model.decodes_in_pages and not model.routes
+    in_pages = config.num_beams == 1 and not model.routes
     answers = _answers_in_pages(*given) if in_pages else _answers_of_rows(*given, features)
     best = [row[0] for row in answers]
     answers = answers if config.num_return_sequences > 1 else best

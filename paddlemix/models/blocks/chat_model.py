@@ -42,7 +42,6 @@ class ChatModel(nn.Layer):
     system_message = None  # who the model is told to be, in place of what config.json or the template say; '' for nobody
     routes = False  # whether tiles may take a form of fewer tokens, by what else is in the prompt
     packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
-    decodes_in_pages = False  # whether :mod:`~.decoding` knows how its pictures go into its prompts
     _remembered = None  # outputs of a frozen tower by the pixels' identity
     source = None  # the Checkpoint that the weights were loaded from
 
@@ -107,6 +106,14 @@ class ChatModel(nn.Layer):
             ]
             features = paddle.concat(parts)
             return features if len(distinct) == len(places) else take_rows(features, places)
+
+    def feature_steps(self, pixel_values):
+        """:meth:`extract_feature` of a few tiles in slices: None after each block of the tower, then each tile's features."""
+        hidden = None
+        for state in self.vision_model.steps(pixel_values, self.config.select_layer):
+            hidden = state
+            yield None
+        yield self._tile_features(hidden, pixel_values.shape)
 
     @contextlib.contextmanager
     def remembering_patches(self):

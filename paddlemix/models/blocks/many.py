@@ -40,7 +40,7 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
     """Answer prompts as they come.
 
     Args:
-        model: whose ``decodes_in_pages``, with its tokenizer set.
+        model: a chat model whose tokenizer is set.
         tokenizer: the model's.
         asked: an iterator of (key, ids, pictures, stream): ``pictures`` as :func:`~.chat.place_pictures` returns them,
             ``stream`` which of several answers with one seed this is; several of one ``ids`` object in a row compute it once.

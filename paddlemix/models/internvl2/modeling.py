@@ -33,8 +33,6 @@ __all__ = [
 class InternVLChatModel(ChatModel):
     """A vision tower, a projector behind pixel shuffle and a language model (arXiv 2404.16821)."""
 
-    decodes_in_pages = True
-
     def __init__(self, config):
         scale = round(1 / config.downsample_ratio) ** 2
         super().__init__(config, Projector(config.vision_config.hidden_size * scale, config.llm_config.hidden_size))
@@ -145,19 +143,15 @@ class InternVLChatModel(ChatModel):
             )
 
     def feature_steps(self, pixel_values):
-        """:meth:`extract_feature` of a few tiles in slices: None after each block of the tower, then each tile's features.
-
-        Where tiles may take a coarse form, these are a :class:`~paddlemix.models.blocks.router.RoutedTiles` each.
-        """
+        """As of every chat model; where tiles may take a coarse form, each is a
+        :class:`~paddlemix.models.blocks.router.RoutedTiles`."""
         self._check_sides(pixel_values.shape)
-        hidden = None
-        for state in self.vision_model.steps(pixel_values, self.config.select_layer):
-            hidden = state
-            yield None
+        yield from super().feature_steps(pixel_values)
+
+    def _tile_features(self, hidden, shape):
         if self.routes:
-            yield self._routed(self._grid(hidden, pixel_values.shape)).split([1] * len(hidden))
-        else:
-            yield self._project(hidden, pixel_values.shape)
+            return self._routed(self._grid(hidden, shape)).split([1] * len(hidden))
+        return self._project(hidden, shape)
 
     def _project(self, hidden, shape):
         """The tower's ``[T, 1 + P, D_vision]`` for tiles of ``shape`` -> ``[T, num_image_token, D]``."""

@@ -127,6 +127,9 @@ class LlavaForCausalLM(ChatModel):
     def _extract_feature(self, pixel_values):
         return self.mlp1(self._chosen(self._patches(pixel_values)))
 
+    def _tile_features(self, hidden, shape):
+        return self.mlp1(self._chosen(hidden))
+
     def _chosen(self, hidden):
         return hidden if self.config.mm_vision_select_feature == "cls_patch" else hidden[:, 1:]
 

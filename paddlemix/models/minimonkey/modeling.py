@@ -51,8 +51,12 @@ class MiniMonkeyChatModel(InternVLChatModel):
     def scm_dropped(self, pixels, grid, input_ids):
         """Positions of the prompt ``input_ids`` (a list) that compression drops, in order."""
         features = self.extract_feature(pixels)
-        embeds = self.embed(np.asarray([input_ids]), features.reshape([-1, features.shape[-1]]))
-        return self.dropped_positions(embeds, input_ids, grid)
+        return self.dropped_of(input_ids, [features.reshape([-1, features.shape[-1]])], grid)
+
+    @paddle.no_grad()
+    def dropped_of(self, input_ids, pictures, grid):
+        """The same for the features of the prompt's pictures, ``[tokens, D]`` each."""
+        return self.dropped_positions(self.embed(np.asarray([input_ids]), paddle.concat(pictures)), input_ids, grid)
 
     @paddle.no_grad()
     def dropped_positions(self, embeds, input_ids, grid):

@@ -184,6 +184,10 @@ class Front(Server):
                 self.active.discard(relay)
                 await messages.aclose()
 
+    async def embeddings(self, http):
+        """``POST /v1/embeddings``; replicas refuse what is not theirs."""
+        return await self.chat(http)
+
     async def _pieces(self, relay, messages):
         try:
             while (message := await relay.unless(anext(messages, {}))) != {}:

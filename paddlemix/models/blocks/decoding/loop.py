@@ -17,6 +17,7 @@ from ..generation import GenerationConfig, TextStream
 from ..layers import count_parameters, take_rows
 from ..router import kept_tokens
 from .pages import PageTable
+from .routing import routed
 from .sampling import Choice, Chooser
 from .scheduler import Scheduler, Sequence
 from .step import PagedCache, Stepper
@@ -33,6 +34,8 @@ class Job(Sequence):
         config: a :class:`~..generation.GenerationConfig`; ``max_new_tokens`` is cut to what the context has room for.
         stream: which of several answers with one seed this is.
         skip_special_tokens, strip, cuts: of the text, as :class:`~..generation.TextStream` takes them.
+        compress: a function of the prompt's ids and the features of its pictures that tells which positions are left out; None
+            where all stay. The keys of such a prompt are of use to nobody else.
         reader: what turns its ids into text in place of a ``TextStream``, such as :class:`~..thinking.AnswerReader`.
         answer: ids of the answer so far, without the one that ends it.
         image_hits: pictures whose features were there already.
@@ -43,6 +46,7 @@ class Job(Sequence):
     skip_special_tokens: bool = True
     strip: bool = True
     cuts: bool = True
+    compress: object = None
     reader: object = None
     answer: list = field(default_factory=list)
     chooser: Chooser = None
@@ -127,7 +131,7 @@ class Loop:
 
     def routes(self, job):
         """Whether the length of a job's prompt depends on what its pictures show."""
-        return self.model.routes and bool(job.pictures)
+        return bool(job.pictures) and (self.model.routes or job.compress is not None)
 
     def make_job(self, ids, config, pictures=(), **more):
         """A job for the prompt ``ids``, with ``max_new_tokens`` cut to the room that is left.
@@ -221,17 +225,24 @@ class Loop:
         return events
 
     def _shorten(self, job):
-        """Leave out the context tokens that compact tiles of a job do not have."""
-        tiles, gone = self.tower.pictures(job), 0
-        kept = np.ones(job.prompt, bool)
-        for picture, part, compact in zip(job.pictures, tiles, self.model.decided(tiles)):
-            own = kept_tokens(compact, part.fine.shape[1], part.coarse.shape[1])
-            kept[picture.start : picture.start + picture.count] = own
-            picture.start, picture.count, picture.compact = picture.start - gone, int(own.sum()), compact
-            gone += len(own) - picture.count
+        """Leave out the tokens that a job's compact tiles do not have, or that compression drops."""
+        tiles, kept = self.tower.pictures(job), np.ones(job.prompt, bool)
+        if job.compress is not None:
+            with routed([job.adapter], None):
+                kept[job.compress(job.tokens, tiles)] = False
+        else:
+            for picture, part, compact in zip(job.pictures, tiles, self.model.decided(tiles)):
+                own = kept_tokens(compact, part.fine.shape[1], part.coarse.shape[1])
+                kept[picture.start : picture.start + picture.count], picture.compact = own, compact
+        before = np.cumsum(kept) - kept
+        for picture in job.pictures:
+            own = kept[picture.start : picture.start + picture.count]
+            picture.rows = None if job.compress is None else np.flatnonzero(own)
+            picture.start, picture.count = int(before[picture.start]), int(own.sum())
         job.tokens = np.asarray(job.tokens)[kept].tolist()
         job.prompt = len(job.tokens)
         self._fit(job)
+        job.variant = job.variant if job.compress is None else None
 
     def _prefill(self, chunks):
         logits = self.stepper.prefill([(job, count, self.tower.features(job, count)) for job, count in chunks])

@@ -22,6 +22,7 @@ class Picture:
         digest: of what it looks like to the model, bytes; equal ones have equal features.
         tiles: ``[T, 3, height, width]`` float32, or a function that returns them.
         compact: which tiles are in their coarse form, bool array ``[T]``; None where tiles have one form.
+        rows: which of its features are in the prompt, integers ``[count]``; None for all.
     """
 
     digest: bytes
@@ -29,6 +30,7 @@ class Picture:
     count: int
     tiles: object = None
     compact: object = None
+    rows: object = None
 
     @property
     def identity(self):

@@ -144,7 +144,8 @@ class Stepper:
                 values.append(features[1])
         view = PagesView(self.cache, seen[:, before:].reshape(-1), seen, lengths)
         with routed([sequence.adapter for sequence, _, _ in pieces], None if rows == 1 else rows):
-            embeds = self.model.embed(paddle.to_tensor(ids)).astype(self.dtype)
+            # What stands for a feature need not be a token.
+            embeds = self.model.embed(paddle.to_tensor(np.maximum(ids, 0))).astype(self.dtype)
             if places:
                 flat = embeds.reshape([-1, embeds.shape[-1]])
                 values = paddle.concat(values) if len(values) > 1 else values[0]

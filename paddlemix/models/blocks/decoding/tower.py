@@ -9,6 +9,7 @@ from collections import OrderedDict, deque
 import numpy as np
 import paddle
 
+from ..layers import take_rows
 from ..router import RoutedTiles
 from .routing import routed
 
@@ -97,6 +98,7 @@ class Tower:
                 places.append(np.arange(a - first, b - first))
                 kept = self._kept[self._key(sequence, picture)]
                 kept = kept if picture.compact is None else kept.features(picture.compact)
+                kept = kept if picture.rows is None else take_rows(kept, picture.rows)
                 values.append(kept[a - picture.start : b - picture.start])
         return (np.concatenate(places), paddle.concat(values)) if places else None
 
