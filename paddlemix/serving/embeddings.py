@@ -43,16 +43,16 @@ class EmbeddingRequest(Strict):
     def _item(value):
         if isinstance(value, Part):
             value = value.model_dump(exclude_none=True)
-        if isinstance(value, str) and value:
+        if isinstance(value, str):
             return ("image_url" if value[:11].lower() == "data:image/" else "text"), value
         if isinstance(value, dict):
             url = value.get("image_url", value.get("image"))
             url = url.get("url") if isinstance(url, dict) else url
             if isinstance(url, str) and "text" not in value:
                 return "image_url", url
-            if isinstance(value.get("text"), str) and value["text"] and url is None:
+            if isinstance(value.get("text"), str) and url is None:
                 return "text", value["text"]
-        raise RequestError("an input must be a text that is not empty, or a picture as image_url", param="input")
+        raise RequestError("an input must be a text, or a picture as image_url", param="input")
 
 
 def makes_embeddings(values):

@@ -169,7 +169,7 @@ def test_vectors_of_texts_and_pictures():
         assert_close(np.array(vectors(url_alone)[0]), np.array(found[0]), 1e-5)
         packed = np.frombuffer(base64.b64decode(vectors(url_alone, encoding_format="base64")[0]), "<f4")
         assert_close(packed, np.array(found[0]), 1e-5)
-        for body in ({"input": []}, {"input": [1, 2]}, {"input": ""}, {}, {"input": "x", "dimensions": 7}):
+        for body in ({"input": []}, {"input": [1, 2]}, {}, {"input": "x", "dimensions": 7}):
             status, _, text = ask(url, body, path="/embeddings")
             assert status == 400 and set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
         assert ask(url, {"input": "x", "model": "other"}, path="/embeddings")[0] == 404
