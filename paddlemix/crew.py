@@ -6,11 +6,19 @@ What a worker held that died goes to the others.
 
 import collections
 import os
+import traceback
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 from paddlemix.errors import ConfigError, UserError
 
-__all__ = ["answers"]
+__all__ = ["answers", "number"]
+
+_NUMBER = "PADDLEMIX_WORKER"
+
+
+def number():
+    """Which of several worker processes this one is, from 0: where each takes a card of its own."""
+    return int(os.environ.get(_NUMBER, 0))
 
 
 def answers(make, args, items, room, processes=1, ray=None):
@@ -45,16 +53,24 @@ def _here(make, args, items, room):
                 yield running.pop(future), future.result()
 
 
-def _work(connection, make, args, room):
+def _work(connection, make, args, room, place):
     """A process of its own: (tag, item) comes in, (tag, answer) goes out; (None, text) first, '' when it is ready."""
     import threading
 
     os.environ.setdefault("GLOG_minloglevel", "2")
+    os.environ[_NUMBER] = str(place)
     lock = threading.Lock()
 
     def send(value):
         with lock:
             connection.send(value)
+
+    def answer(tag, item):
+        try:
+            send((tag, worker.answer(item)))
+        except BaseException:  # nobody would ask for what went wrong in a thread: the others take over
+            traceback.print_exc()
+            os._exit(1)
 
     try:
         worker = make(*args)
@@ -67,7 +83,7 @@ def _work(connection, make, args, room):
                 tag, item = connection.recv()
             except EOFError:
                 os._exit(0)  # nobody listens any more
-            pool.submit(lambda tag=tag, item=item: send((tag, worker.answer(item))))
+            pool.submit(answer, tag, item)
 
 
 def _in_processes(make, args, items, room, processes):
@@ -76,9 +92,9 @@ def _in_processes(make, args, items, room, processes):
 
     context = multiprocessing.get_context("spawn")
     workers, held, again, problem = {}, {}, collections.deque(), "it was ended from outside, or memory ran out"
-    for _ in range(processes):
+    for place in range(processes):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, make, args, room), daemon=True)
+        process = context.Process(target=_work, args=(theirs, make, args, room, place), daemon=True)
         process.start()
         theirs.close()
         workers[ours] = process

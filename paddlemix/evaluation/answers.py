@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from paddlemix.errors import ConfigError, DataError
+from paddlemix.files import read_json
 
 
 def write_json(path, values):
@@ -12,6 +13,11 @@ def write_json(path, values):
     unfinished = Path(path).with_name(f".{Path(path).name}.tmp")
     unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def lines_of(rows):
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_answers(path):
@@ -39,6 +45,14 @@ def read_answers(path):
     return found
 
 
+def _belongs(row, ids):
+    """Whether an answer is that of the question of its index."""
+    index = row.get("index")
+    if not isinstance(index, int) or not isinstance(row.get("answer"), str):
+        return False
+    return ids is None or (0 <= index < len(ids) and str(row.get("id")) == ids[index])
+
+
 class RunFolder:
     """``OUT/T``: opens or resumes a run.
 
@@ -46,12 +60,18 @@ class RunFolder:
         directory: of the task.
         settings: what must be alike for answers to belong together.
         resume: go on with what is there; otherwise it is moved aside.
+        told: what ``run.json`` holds beside them.
+        ids: of the questions in data order; answers that belong to none go to ``without_question.jsonl``. None: any belongs.
+
+    Attributes:
+        done: ``{index: row}`` of what was answered.
+        strangers: how many answers belong to no question.
 
     Raises:
         ConfigError: it holds answers of a run with other settings.
     """
 
-    def __init__(self, directory, settings, resume=True):
+    def __init__(self, directory, settings, resume=True, told=None, ids=None):
         self.directory = Path(directory)
         if not resume and self.directory.exists():
             number = 1
@@ -62,7 +82,7 @@ class RunFolder:
         self.path = self.directory / "answers.jsonl"
         known = self.directory / "run.json"
         if known.exists():
-            before = json.loads(known.read_text(encoding="utf-8"))
+            before = read_json(known, DataError, absent="use --no_resume to begin anew")
             for name, value in settings.items():
                 if before.get(name) != value:
                     raise ConfigError(
@@ -70,8 +90,17 @@ class RunFolder:
                         "another --out_dir, or --no_resume to move them aside"
                     )
         else:
-            write_json(known, settings)
-        self.done = {row["index"]: row for row in read_answers(self.path) if "error" not in row and "index" in row}
+            write_json(known, {**settings, **(told or {})})
+        strangers, self.done = [], {}
+        for row in read_answers(self.path):
+            if not _belongs(row, ids):
+                strangers.append(row)
+            elif "error" not in row:
+                self.done[row["index"]] = row
+        self.strangers = len(strangers)
+        if strangers:
+            with open(self.directory / "without_question.jsonl", "ab") as file:
+                file.write(lines_of(strangers).encode("utf-8"))
         self._rewrite(self.done)
         self._file = None
 
@@ -87,12 +116,15 @@ class RunFolder:
     def add(self, rows):
         """Write answers; they are on the disk when this returns."""
         if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed by finish
-        for row in rows:
-            self.done[row["index"]] = row
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by finish; what fails is not tried again
+        try:
+            left = memoryview(lines_of(rows).encode("utf-8"))
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:  # the disk is full: say of which file
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self.done |= {row["index"]: row for row in rows}
 
     def finish(self):
         """Put the answers in the order of the data and return them."""

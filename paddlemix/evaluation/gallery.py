@@ -16,8 +16,11 @@ _STYLE = (
     "body{font:15px/1.4 sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}td,th{padding:.2em .8em;"
     "text-align:left;border-bottom:1px solid #ddd}figure{display:inline-block;vertical-align:top;margin:.4em;width:11em}"
     "figure img{max-width:11em;max-height:11em}figcaption{font-size:12px;overflow-wrap:anywhere}"
-    ".right{color:#060}.wrong{color:#a00}"
+    "figure.wide{width:22em}figure.wide img{max-width:22em;max-height:22em}figcaption{white-space:pre-wrap}"
+    ".right{color:#060}.wrong{color:#a00}.bar{background:#eee;width:20em}.bar div{background:#48c;height:1em}"
 )
+# A page shows what models and data sets say: nothing in it may run or be fetched.
+_POLICY = "<meta http-equiv='Content-Security-Policy' content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
 
 
 def thumbnail(source, side=160):
@@ -88,24 +91,40 @@ class Report:
     def pictures(self, pictures):
         """A row of ``(picture, text, right, wrong or None)``."""
         for source, text, good in pictures:
+            self._figure([thumbnail(source)], text, good)
+
+    def examples(self, examples):
+        """As :meth:`pictures`, larger, with a list of PIL pictures each."""
+        for found, text, good in examples:
+            self._figure(found, text, good, " class=wide")
+
+    def _figure(self, found, text, good, kind=""):
+        shown = []
+        for picture in found:
             file = io.BytesIO()
-            thumbnail(source).save(file, "JPEG", quality=80)
-            data = base64.b64encode(file.getvalue()).decode("ascii")
-            kind = {True: "right", False: "wrong", None: ""}[good]
-            self._parts.append(
-                f'<figure><img src="data:image/jpeg;base64,{data}" alt=""><figcaption class="{kind}">{html.escape(text)}'
-                "</figcaption></figure>"
-            )
+            picture.save(file, "JPEG", quality=80)
+            shown.append(f'<img src="data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode("ascii")}" alt="">')
+        colour = {True: "right", False: "wrong", None: ""}[good]
+        caption = f'<figcaption class="{colour}">{html.escape(text)}</figcaption>'
+        self._parts.append(f"<figure{kind}>{''.join(shown)}{caption}</figure>")
+
+    def bars(self, rows):
+        """A bar a line, of ``(name, share from 0 to 1, text)``."""
+        lines = []
+        for name, share, text in rows:
+            width = 100 * min(1.0, max(0.0, float(share)))
+            bar = f'<div class="bar"><div style="width:{width:.1f}%"></div></div>'
+            lines.append(f"<tr><td>{html.escape(str(name))}</td><td>{bar}</td><td>{html.escape(str(text))}</td></tr>")
+        self._parts.append(f"<table>{''.join(lines)}</table>")
 
     def write(self, path, scores, settings):
         """Write the page, scores and settings first, whole or not at all."""
         parts, self._parts = self._parts, []
         self.table(("score", ""), scores.items())
         self.table(("setting", ""), settings.items())
-        head = (
-            f"<!doctype html><html><head><meta charset='utf-8'><title>{html.escape(self.title)}</title><style>{_STYLE}</style>"
-        )
-        body = f"</head><body><h1>{html.escape(self.title)}</h1>{''.join(self._parts)}{''.join(parts)}</body></html>\n"
+        head = f"<!doctype html><html><head><meta charset='utf-8'>{_POLICY}<title>{html.escape(self.title)}</title>"
+        head += f"<style>{_STYLE}</style></head>"
+        body = f"<body><h1>{html.escape(self.title)}</h1>{''.join(self._parts)}{''.join(parts)}</body></html>\n"
         self._parts = parts
         with written(str(path)) as file:
             file.write((head + body).encode("utf-8", "replace"))

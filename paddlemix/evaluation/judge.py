@@ -1,68 +1,62 @@
 """A judge, a language model behind an OpenAI-compatible address, for benchmarks that are scored by one.
 
-Each verdict is on the disk as it comes, in ``reviews.jsonl``, and is not asked for again. The benchmarks' own prompts are other
-people's texts and not here: short ones of ours are used, and the score says so.
+Each verdict is on the disk as it comes, in ``reviews.jsonl``, and is not asked for again.
 """
 
-import json
 import os
 
 from paddlemix.completions import complete
 from paddlemix.errors import DataError
 
-from .answers import read_answers
-
-PROMPTS = {
-    "llava_bench": (
-        "[Context]\n{context}\n\n[Question]\n{question}\n\n[Assistant 1]\n{theirs}\n\n[Assistant 2]\n{answer}\n\nRate how "
-        "helpful, relevant, accurate and detailed each assistant's answer is, from 1 to 10. The first line must hold the two "
-        "scores alone, for Assistant 1 and 2, with one blank between them; then explain."
-    ),
-    "mmhal": (
-        "Question about a picture: {question}\nThe picture shows: {image_content}\nA right answer: {gt_answer}\nThe answer to "
-        "judge: {answer}\n\nRate from 0 to 6 how informative it is and whether it invents anything; below 3 "
-        "means that it does. End with a line such as 'Rating: 4'."
-    ),
-    "mmvet": (
-        "Question: {question}\nGround truth: {truth}\nPrediction: {answer}\n\nHow right is the prediction, from 0.0 to 1.0? In "
-        "the ground truth, <AND> means that all parts are needed and <OR> that one is enough. Reply with the number alone."
-    ),
-}
+from .answers import lines_of, read_answers
+from .judge_prompts import JudgePrompt
+from .scorers.open_answers import needs_extraction
 
 
-def review(task, rows, directory, url, model, pause=1.0):
-    """Let a judge review the answers of a run.
+def review(task, rows, directory, url, model, prompt=None, pause=1.0):
+    """Let a judge review the answers of a run; of MathVista, let it find the answer in those that no rule reads.
+
+    Args:
+        prompt: a :class:`~.judge_prompts.JudgePrompt`; None for our own.
 
     Returns:
         (rows with ``review``, problems of those that it did not).
     """
     path = directory / "reviews.jsonl"
-    known = {str(row["id"]): row for row in read_answers(path) if "error" not in row}
-    prompt, problems = PROMPTS[task.judge], []
-    with open(path, "a", encoding="utf-8") as file:
-        for row in rows:
-            reference = row["reference"]
-            before = known.get(str(row["id"]))
-            # A verdict belongs to an answer and a judge.
-            if "error" in row or (before and before["answer"] == row["answer"] and before["judge"] == model):
+    prompt = prompt or JudgePrompt(task.judge)
+    known, problems = {str(row["id"]): row for row in read_answers(path)}, []
+    _end_at_a_line(path)
+
+    def is_known(row):  # a verdict belongs to an answer, a judge and a prompt
+        before = known.get(str(row["id"]), {})
+        return (before.get("answer"), before.get("judge"), before.get("prompt")) == (row["answer"], model, prompt.told)
+
+    wanted = [row for row in rows if "error" not in row and (task.judge != "mathvista" or needs_extraction(row))]
+    with open(path, "ab") as file:
+        for row in wanted:
+            if is_known(row):
                 continue
-            names = ("context", "question", "image_content", "gt_answer")
-            filled = {name: reference.get(name) or "" for name in names}
-            filled |= {"theirs": reference.get("answer") or "", "truth": reference.get("answer") or "", "answer": row["answer"]}
             try:
-                text = complete(url, model, [{"role": "user", "content": prompt.format(**filled)}], pause=pause)
+                text = complete(url, model, prompt.messages(row), pause=pause)
             except DataError as error:
                 problems.append({"id": row["id"], "error": str(error)})
                 if len(problems) == 3:  # it is not there: the next run goes on where this one stopped
                     break
                 continue
-            verdict = {"id": row["id"], "answer": row["answer"], "judge": model, "review": text}
+            verdict = {"id": row["id"], "answer": row["answer"], "judge": model, "prompt": prompt.told, "review": text}
             known[str(row["id"])] = verdict
-            file.write(json.dumps(verdict, ensure_ascii=False) + "\n")
+            file.write(lines_of([verdict]).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
-    reviewed = [{**row, "review": known[str(row["id"])]["review"]} for row in rows if str(row["id"]) in known]
-    return reviewed, problems
+    return [{**row, "review": known[str(row["id"])]["review"]} for row in wanted if is_known(row)], problems
+
+
+def _end_at_a_line(path):
+    """Cut off a last line that was not written whole, so that the next does not go on in it."""
+    if path.exists():
+        content = path.read_bytes()
+        if content and not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 class Server:

@@ -1,10 +1,11 @@
 """Models on this machine that answer questions: InternVL's many at a time, others in batches."""
 
+import inspect
 from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
 
-from paddlemix.errors import DataError, UserError
+from paddlemix.errors import ConfigError, DataError, UserError
 from paddlemix.files import read_json
 
 from .media import tiles
@@ -14,37 +15,90 @@ from .tasks import COT, COT_TOKENS
 MOST = 64  # questions at once, by default
 
 
+def load_model(settings, number=0):
+    """What answers with the checkpoint that ``settings`` name.
+
+    Args:
+        settings: a :class:`~.runner.Settings`.
+        number: of this process, which takes the card of that number where there are several.
+
+    Raises:
+        UserError: the model cannot be loaded, or has not what was asked for.
+    """
+    from paddlemix import device as devices
+    from paddlemix.checkpoints.hub import resolve
+    from paddlemix.models.blocks.many import suit_threads
+
+    devices.set_device(_card(settings.device, number))
+    directory = resolve(settings.model)
+    if str(read_json(Path(directory) / "config.json").get("model_type")).startswith("llava"):
+        from paddlemix.models import internvl_llava
+
+        if settings.adapters or settings.scales or settings.weight_dtype:
+            raise ConfigError(f"{directory} is an InternVL-Chat-LLaVA model: it is evaluated with its own weights alone")
+        model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype)
+        return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
+    from paddlemix.models.internvl2 import load_tokenizer
+
+    model = _internvl(directory, settings)
+    suit_threads(model)
+    return (TwoScales if settings.scales else LocalModel)(model, load_tokenizer(directory), settings)
+
+
+def _card(name, number):
+    """The device ``name``, or that of its kind with this ``number`` where there are several."""
+    from paddlemix import device as devices
+
+    if ":" in name:
+        return name
+    kind = devices.set_device(name)
+    count = devices.count(kind)
+    return f"{kind}:{number % count}" if count > 1 else kind
+
+
+def _internvl(directory, settings):
+    from paddlemix.models.internvl2 import InternVLChatModel
+
+    kind, more = InternVLChatModel, {}
+    if settings.scales:
+        from paddlemix.models.minimonkey import MiniMonkeyChatModel as kind
+    if settings.weight_dtype:
+        if "weight_dtype" not in inspect.signature(kind.from_pretrained).parameters:
+            raise ConfigError("--load_8bit is not available in this version: leave it out")
+        more["weight_dtype"] = settings.weight_dtype
+    if not settings.adapters:
+        return kind.from_pretrained(directory, dtype=settings.dtype, **more)
+    if more:
+        raise ConfigError("--adapter needs plain weights: leave out --load_8bit, or merge the adapters (paddlemix merge-lora)")
+    from paddlemix.models.blocks.engine import choose, fuse
+    from paddlemix.models.blocks.layers import count_parameters
+    from paddlemix.models.blocks.lora import load_adapters, merge_lora
+
+    model = kind.from_pretrained(directory, dtype=settings.dtype, engine="eager")
+    engine, dtype = choose("auto", settings.dtype, count_parameters(model))
+    for folder in settings.adapters:
+        load_adapters(model, folder)
+        merge_lora(model)
+    model.eval()
+    if engine == "inference":
+        fuse(model, dtype)
+    return model
+
+
 class LocalModel:
     """A checkpoint that answers batches.
 
     Args:
         model, tokenizer: loaded.
-        settings: a :class:`Settings`.
+        settings: a :class:`~.runner.Settings`.
+        memory: bytes for keys and values; None for a quarter of what is free, shared with the other processes.
     """
 
-    def __init__(self, model, tokenizer, settings):
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+    many = True  # whether it answers by the loop that decodes many, where the model can
 
+    def __init__(self, model, tokenizer, settings, memory=None):
+        self.model, self.tokenizer, self.settings, self._memory = model, tokenizer, settings, memory
         self._read = OrderedDict()  # tiles of the last pictures: other questions are often about the same
-
-    @classmethod
-    def load(cls, settings, device=None):
-        """Load what ``settings`` name."""
-        from paddlemix import device as devices
-        from paddlemix.checkpoints.hub import resolve
-        from paddlemix.models.blocks.many import suit_threads
-        from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
-
-        devices.set_device(device or settings.device)
-        directory = resolve(settings.model)
-        if str(read_json(Path(directory) / "config.json").get("model_type")).startswith("llava"):
-            from paddlemix.models import internvl_llava
-
-            model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype)
-            return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
-        model = InternVLChatModel.from_pretrained(directory, dtype=settings.dtype)
-        suit_threads(model)
-        return cls(model, load_tokenizer(directory), settings)
 
     def batch_size(self, task):
         """Questions at once: what the memory for them holds, ``MOST`` at most."""
@@ -54,11 +108,11 @@ class LocalModel:
 
         config, pictures = self.model.config, (self.settings.max_num or task.max_num) if self.settings.dynamic else 1
         positions = (pictures + 1) * config.num_image_token + 256 + min(self._most(task), 1024)
-        return min(MOST, room_for(self.model, positions, self._memory()))
+        return min(MOST, room_for(self.model, positions, self.memory()))
 
-    def _memory(self):
-        """Bytes for keys and values: a quarter of what is free, shared with the other processes."""
-        return _free_memory() // 4 // self.settings.processes
+    def memory(self):
+        """Bytes for keys and values."""
+        return _free_memory() // 4 // self.settings.processes if self._memory is None else self._memory
 
     def _most(self, task):
         return COT_TOKENS if self.settings.cot else task.max_new_tokens
@@ -70,11 +124,10 @@ class LocalModel:
         try:
             if question.error:
                 return question, question.error
-            settings = self.settings
             key = (question.pictures, str(question.clip)) if question.pictures else None
             found = self._read.get(key)
             if found is None:
-                found = tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num)
+                found = self._tiles(question, task)
                 found = *found, digested(found[0], found[1])
                 if key is not None:
                     self._read[key] = found
@@ -82,9 +135,13 @@ class LocalModel:
                         self._read.popitem(last=False)
             pixels, counts, marks, pictures = found
             prompt = marks + question.prompt
-            return question, pixels, counts, COT.format(prompt) if settings.cot else prompt, pictures
+            return question, pixels, counts, COT.format(prompt) if self.settings.cot else prompt, pictures
         except UserError as error:
             return question, str(error)
+
+    def _tiles(self, question, task):
+        settings = self.settings
+        return tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num)
 
     def answers(self, task, items):
         """Answers to any number of questions, with as many under way as :meth:`batch_size` says.
@@ -96,7 +153,7 @@ class LocalModel:
         Yields:
             As answers come, lists of (key, a dictionary with ``question`` and ``answer``, or ``error``).
         """
-        if self.settings.num_beams > 1 or type(self) is not LocalModel:
+        if self.settings.num_beams > 1 or not self.many:
             yield from in_groups(self, task, items)
             return
         from paddlemix.models.blocks.chat import end_of_answer, prompt_and_pictures
@@ -118,7 +175,7 @@ class LocalModel:
                 except UserError as error:
                     yield key, error
 
-        for ended in answer_many(model, tokenizer, asked(), config, template, self.batch_size(task), self._memory()):
+        for ended in answer_many(model, tokenizer, asked(), config, template, self.batch_size(task), self.memory()):
             results = []
             for answer in ended:
                 if answer.error is not None:
@@ -145,16 +202,16 @@ class LocalModel:
         """Answers to encoded questions: a dictionary for each, with ``answer`` or ``error``."""
         results = [{"question": item[0].prompt, "answer": "", "error": item[1]} if len(item) == 2 else None for item in items]
         good = [i for i, result in enumerate(results) if result is None]
-        for i, result in zip(good, self._answer(task, [items[i][1:4] for i in good]) if good else []):
+        for i, result in zip(good, self._answer(task, [items[i] for i in good]) if good else []):
             results[i] = result
         return results
 
     def _answer(self, task, items):
         import numpy as np
 
-        pixels = [pixels for pixels, _, _ in items if pixels is not None]
-        prompts = [prompt for _, _, prompt in items]
-        pixels, counts = np.concatenate(pixels) if pixels else None, [counts for _, counts, _ in items]
+        pixels = [item[1] for item in items if item[1] is not None]
+        prompts, counts = [item[3] for item in items], [item[2] for item in items]
+        pixels = np.concatenate(pixels) if pixels else None
         try:
             answers = self.model.batch_chat(self.tokenizer, pixels, prompts, self._generation(task), counts)
         except UserError as error:
@@ -165,8 +222,52 @@ class LocalModel:
         return [self._result(p, a, len(self.tokenizer.encode(a)) >= most) for p, a in zip(prompts, answers)]
 
 
+class TwoScales(LocalModel):
+    """Mini-Monkey, which looks at one picture at two scales; with ``scm`` it drops tokens, one question at a time."""
+
+    @property
+    def many(self):
+        """Whether prompts are whole."""
+        return self.settings.scales == "plain"
+
+    def batch_size(self, task):
+        """As of :class:`LocalModel`; 1 with ``scm``."""
+        return super().batch_size(task) if self.many else 1
+
+    def _tiles(self, question, task):
+        from paddlemix.processors.minimonkey import multi_scale_tiles
+
+        if not question.pictures:
+            return None, [], ""
+        if len(question.pictures) > 1 or question.clip:
+            raise DataError(f"question {question.id} has several pictures, but Mini-Monkey looks at one: use another model")
+        pixels, _, _ = multi_scale_tiles(question.pictures[0], self.model.config.image_size, max_num=self.settings.max_num)
+        return pixels, [len(pixels)], ""
+
+    def _grid(self, question):
+        from paddlemix.processors.image import open_image
+        from paddlemix.processors.minimonkey import grids
+
+        size = open_image(question.pictures[0]).size
+        return grids(size, self.model.config.image_size, max_num=self.settings.max_num)[0]
+
+    def _answer(self, task, items):
+        results = []
+        for question, pixels, _, prompt, _ in items:
+            try:
+                grid = None if pixels is None else self._grid(question)
+                answer = self.model.chat(self.tokenizer, pixels, grid, prompt, self._generation(task), use_scm=True)
+                cut = len(self.tokenizer.encode(answer)) >= self._most(task)
+                results.append(self._result(prompt, answer, cut))
+            except UserError as error:
+                results.append({"question": prompt, "answer": "", "error": str(error)})
+        return results
+
+
 class LlavaModel(LocalModel):
     """An InternVL-Chat-LLaVA checkpoint, whose pictures are one square each."""
+
+    many = False
 
     def encode(self, task, question):
         """(question, pixels, counts, prompt), or (question, error)."""

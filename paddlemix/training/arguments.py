@@ -172,8 +172,13 @@ class PreTrainingArguments:
     )
     disable_tqdm: bool = _arg(False, "no progress bar")
 
-    evaluation_strategy: str = _arg("no", "when to compute the validation loss", ("no", "steps", "epoch"))
+    evaluation_strategy: str = _arg("no", "when to compute the validation loss and --eval_tasks", ("no", "steps", "epoch"))
     eval_steps: int | None = _arg(None, "with --evaluation_strategy steps; default: --logging_steps")
+    eval_tasks: str | None = _arg(None, "benchmarks to score at each evaluation, by commas, as paddlemix evaluate names them")
+    eval_limit: int | None = _arg(None, "most questions of each of --eval_tasks; default: all")
+    eval_data_root: str = _arg("data", "folder of the data sets of --eval_tasks")
+    metric_for_best_model: str | None = _arg(None, "one of --eval_tasks, or loss: the best model by it is kept in best/")
+    load_best_model_at_end: bool = _arg(False, "leave the best model in --output_dir in place of the last")
     max_evaluate_steps: int = _arg(-1, "most batches of a validation; -1 for all")
     save_strategy: str = _arg("steps", "when to write a checkpoint", ("no", "steps", "epoch"))
     save_steps: int = _arg(500, "with --save_strategy steps")
@@ -202,6 +207,12 @@ class PreTrainingArguments:
             raise ConfigError(f"--warmup_ratio is {self.warmup_ratio}: it must be from 0 to 1")
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
+        if self.eval_limit is not None and self.eval_limit < 1:
+            raise ConfigError(f"--eval_limit is {self.eval_limit}: it must be at least 1")
+        if self.metric_for_best_model:
+            self.metric_for_best_model = self.metric_for_best_model.removeprefix("eval_")
+        elif self.load_best_model_at_end:
+            self.metric_for_best_model = "loss"
 
     @property
     def half(self):
@@ -246,7 +257,6 @@ _ONLY = {
     "remove_unused_columns": ("true", "false", "1", "0"),
     "logging_strategy": ("steps",),
     "flatten_param_grads": ("false", "0"),
-    "load_best_model_at_end": ("false", "0"),
     "offload_optim": ("false", "0"),
     "do_predict": ("false", "0"),
     "do_export": ("false", "0"),

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or not there: ``checkpoint-N`` in the output directory after ``N`` steps.
 
 Each is a model like any other, to chat with or to start from, and beside it what resuming needs: the optimiser states of
-every process (``optimizer-R.safetensors``) and ``trainer_state.json``. All is written to a directory of another name,
-which is renamed once everything is on the disk.
+every process (``optimizer-R.safetensors``) and ``trainer_state.json``. ``best`` is the model with the best score so far, where
+one is asked for. All is written to a directory of another name, which is renamed once everything is on the disk.
 """
 
 import glob
@@ -18,6 +18,7 @@ from paddlemix.models.internvl2.checkpoint import save_checkpoint
 
 _STATE = "trainer_state.json"
 _UNFINISHED = "unfinished-checkpoint"
+_BEST, _TOLD = "best", "best.json"
 
 
 def save_model(model, tokenizer, directory, source=None, weights=None):
@@ -119,6 +120,54 @@ class Checkpoints:
             _flush(self.directory)
             self._remove_old(final)
         self.processes.wait()
+
+    def best(self):
+        """What :meth:`save_best` was told of the best model so far, or None."""
+        try:
+            with open(os.path.join(self.directory, _BEST, _TOLD), encoding="utf-8") as file:
+                return json.load(file)
+        except FileNotFoundError:
+            return None
+
+    def forget_best(self):
+        """Remove the best model of another run; every process calls this."""
+        path = os.path.join(self.directory, _BEST)
+        if self.processes.is_first and os.path.isdir(path):
+            doomed = os.path.join(self.directory, f"{_UNFINISHED}-{_BEST}")
+            os.rename(path, doomed)
+            shutil.rmtree(doomed)
+        self.processes.wait()
+
+    def save_best(self, write_model, told):
+        """Write a model to ``best``, in the place of the one before, and what it is; every process calls this.
+
+        Args:
+            write_model: called with a directory in the first process.
+            told: ``metric``, ``value`` and ``step``.
+        """
+        if self.processes.is_first:
+            unfinished = os.path.join(self.directory, f"{_UNFINISHED}-{_BEST}-{told['step']}")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            os.makedirs(unfinished)
+            write_model(unfinished)
+            with open(os.path.join(unfinished, _TOLD), "w", encoding="utf-8") as file:
+                json.dump(told, file, indent=1)
+            for name in os.listdir(unfinished):
+                _flush(os.path.join(unfinished, name))
+        self.forget_best()
+        if self.processes.is_first:
+            os.rename(unfinished, os.path.join(self.directory, _BEST))
+            _flush(self.directory)
+        self.processes.wait()
+
+    def take_best(self):
+        """Copy the best model's files to the output directory, one whole file after the other; in the first process."""
+        folder = os.path.join(self.directory, _BEST)
+        for name in sorted(os.listdir(folder)):
+            if name != _TOLD:
+                unfinished = os.path.join(self.directory, f".{name}.tmp")
+                shutil.copy(os.path.join(folder, name), unfinished)
+                os.replace(unfinished, os.path.join(self.directory, name))
 
     def _remove_old(self, newest):
         outdated = [path for path in self._replaced if path != newest]

@@ -200,6 +200,19 @@ class Trainer:
         loss, weight = self.processes.sum([loss, weight])
         return loss / max(weight, 1.0)
 
+    @paddle.no_grad()
+    def score(self, scorer, tokenizer, step):
+        """What ``scorer`` makes of the model now: ``{name: number}``.
+
+        With stage 3 each block has its weights while it runs, so that all processes run all of them in step.
+        """
+        self.model.eval()
+        holding = self.weights.hold() if self.weights else contextlib.nullcontext()
+        with self.autocast(), holding:
+            scores = scorer(self.model, tokenizer, self.processes, self.weights is not None, step)
+        train_mode(self.model)
+        return scores
+
     def _in_step(self, batches):
         """``batches``; while other processes have more of them, helps with theirs."""
         batches = iter(batches)
@@ -224,12 +237,30 @@ def due(strategy, every, done, total, epoch_ends):
     return (strategy == "steps" and done % every == 0) or (strategy == "epoch" and (epoch_ends(done) or done == total))
 
 
-def finetune(model_args, data_args, args, recipe=None):
+def _check_evaluation(data_args, args, scorer):
+    """Raise ConfigError where there is nothing to evaluate, or the best model is to be told by what is not evaluated."""
+    if args.eval_tasks and scorer is None:
+        raise ConfigError("--eval_tasks is not supported by this command: leave it out, or use paddlemix evaluate afterwards")
+    known = [*(scorer.names if scorer else ()), *(["loss"] if data_args.eval_meta_path else ())]
+    if (args.do_eval or args.evaluation_strategy != "no") and not known:
+        raise ConfigError(
+            "--eval_meta_path is missing: name the held-out data for the validation loss, or benchmarks with --eval_tasks"
+        )
+    metric = args.metric_for_best_model
+    if metric and metric not in known:
+        raise ConfigError(
+            f"--metric_for_best_model {metric} is not evaluated: use {' or '.join(known) or '--eval_tasks or --eval_meta_path'}"
+        )
+
+
+def finetune(model_args, data_args, args, recipe=None, scorer=None):
     """A whole run: build, resume, train, save.
 
     Args:
         model_args, data_args, args: from :func:`~.arguments.parse`.
         recipe: what the model's family does in its own way; see :class:`ChatRecipe`.
+        scorer: what else is evaluated: ``names``, and a call with (model, tokenizer, processes, whether all must run it in
+            step, steps done) that gives ``{name: number}``, higher being better.
 
     Raises:
         UserError: something that was given cannot be used; the sentence says what.
@@ -240,11 +271,14 @@ def finetune(model_args, data_args, args, recipe=None):
         raise ConfigError("--meta_path is missing: name the JSON file that lists your data sets")
     if data_args.use_packed_ds and "epoch" in (args.save_strategy, args.evaluation_strategy):
         raise ConfigError("--use_packed_ds has no common epochs: use steps for --save_strategy and evaluation")
+    _check_evaluation(data_args, args, scorer)
     device.set_device(args.device)
     processes = Processes()
     checkpoints = Checkpoints(args.output_dir, processes, args.save_total_limit)
     checkpoints.start(args.overwrite_output_dir)
     resumed = args.resume_from_checkpoint or checkpoints.last()
+    if not resumed and args.do_train:
+        checkpoints.forget_best()
     half = None if device.is_cpu() else args.half
     dtype = half if half and args.fp16_opt_level == "O2" else "float32"
     paddle.seed(args.seed)  # new weights are alike in all processes
@@ -274,16 +308,19 @@ def finetune(model_args, data_args, args, recipe=None):
     try:
         with Sigterm() as interrupted:
             bad_samples = BadSampleLog(os.path.join(args.output_dir, "bad_samples.jsonl"), data_args.max_bad_samples)
-            run = _Run(trainer, data, validation, checkpoints, log, (tokenizer, source), bad_samples)
+            run = _Run(trainer, data, (validation, scorer), checkpoints, log, (tokenizer, source), bad_samples)
             if args.do_train:
                 trainer.objective.prepare(trainer, data)
                 run.train(done, states, interrupted)
-            elif args.do_eval and validation:
+            elif args.do_eval:
                 run.evaluate(done)
+            best = checkpoints.best() if args.load_best_model_at_end else None
+            if best:
+                log.say(f"the model is that after {best['step']} steps, whose {best['metric']} was {best['value']:.4f}")
     finally:
         log.close()
     if args.do_train:
-        write = trainer.save(tokenizer, source)
+        write = trainer.save(tokenizer, source) if best is None else lambda directory: checkpoints.take_best()
         if processes.is_first:
             write(args.output_dir)
     processes.wait()
@@ -336,8 +373,8 @@ class Sigterm:
 class _Run:
     """The steps of a run and what is due between them."""
 
-    def __init__(self, trainer, data, validation, checkpoints, log, origin, bad_samples):
-        self.trainer, self.data, self.validation = trainer, data, validation
+    def __init__(self, trainer, data, held_out, checkpoints, log, origin, bad_samples):
+        self.trainer, self.data, (self.validation, self.scorer) = trainer, data, held_out
         self.checkpoints, self.log, self.origin = checkpoints, log, origin
         self.args, self.processes = trainer.args, trainer.processes
         self.bad_samples = bad_samples
@@ -368,7 +405,7 @@ class _Run:
             if stop and done < total:
                 self.log.say(f"interrupted after {done} steps; checkpoint-{saved} is complete: the same command goes on")
                 raise SystemExit(143)
-        if args.do_eval and args.evaluation_strategy == "no":
+        if (args.do_eval or self.scorer) and args.evaluation_strategy == "no":
             self.evaluate(done)
 
     def _epoch_ends(self):
@@ -428,14 +465,29 @@ class _Run:
         self._reset()
 
     def evaluate(self, done):
-        """Write the validation loss."""
-        if self.validation is None:
-            raise ConfigError("--eval_meta_path is missing: name the held-out data for the validation loss")
-        loss = self.trainer.evaluate(map(self.bad_samples.take, self.validation()))
-        told = self.trainer.objective.metrics(self.processes, update=False)
-        self.log.write(done, {"eval_loss": loss, **{f"eval_{name}": value for name, value in told.items()}})
-        self.log.say(f"step {done}: validation loss {loss:.4f}")
+        """Write the validation loss and the scores, and keep the best model."""
+        values = {}
+        if self.validation is not None:
+            loss = self.trainer.evaluate(map(self.bad_samples.take, self.validation()))
+            told = self.trainer.objective.metrics(self.processes, update=False)
+            values |= {"loss": loss, **told}
+            self.log.say(f"step {done}: validation loss {loss:.4f}")
+        if self.scorer is not None:
+            scores = self.trainer.score(self.scorer, self.origin[0], done)
+            values |= scores
+            self.log.say(f"step {done}: {', '.join(f'{name} {value:.4f}' for name, value in scores.items())}")
+        self.log.write(done, {f"eval_{name}": value for name, value in values.items()})
+        if self.args.metric_for_best_model and self.args.do_train:
+            self._keep_best(done, values[self.args.metric_for_best_model])
         self._reset()
+
+    def _keep_best(self, done, value):
+        metric, before = self.args.metric_for_best_model, self.checkpoints.best()
+        sign = -1 if metric == "loss" else 1
+        better = before is None or before["metric"] != metric or sign * value > sign * before["value"]
+        # By the first process: others may read when it has written.
+        if self.processes.sum([better and self.processes.is_first])[0]:
+            self.checkpoints.save_best(self.trainer.save(*self.origin), {"metric": metric, "value": value, "step": done})
 
     def _save(self, done):
         optimizer = self.trainer.optimizer

@@ -1,12 +1,17 @@
 """Data sets that are drawn in their real layouts: right answers score full, wrong ones do not, and prompts are the original's.
 
-What answers here is a stub in the place of a model; ``test_runner.py`` asks the demo model.
+What answers here is a stub in the place of a model, but for the last tests; ``test_runner.py`` asks the demo model.
 """
 
 import base64
 import io
 import json
+import os
 import random
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -16,6 +21,7 @@ from paddlemix.evaluation.media import encoded, frames
 from paddlemix.evaluation.runner import Settings, run_task
 from paddlemix.evaluation.scorers.vqa import tables
 from paddlemix.evaluation.tasks import LETTER, SHORT, TASKS
+from paddlemix.examples.internvl2 import cli, evaluate
 from paddlemix.examples.internvl2.demo_model import questions
 
 ROWS = 12
@@ -401,3 +407,84 @@ def test_pictures_in_base64_reach_the_model(tmp_path, scenes):
     settings = Settings(model="stub", data_root=str(tmp_path))
     result = run_task(TASKS["mmhal"], settings, tmp_path / "out", model=Stub(lambda q: "a star"), progress=False)
     assert result["failed"] == 0 and result["questions"] == 2
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, scenes):
+    """A data folder with all layouts, whose names do not meet."""
+    root = tmp_path_factory.mktemp("whole") / "data"
+    for name in ASKED:
+        LAYOUTS[name](root, scenes)
+    return root
+
+
+ASKED = (
+    "mme",
+    "seed",
+    "mmmu-val",
+    "mmmu-pro-std10",
+    "mathvista-testmini",
+    "mantis",
+    "rsvqa-lr",
+    "dior-rsvg",
+    "drivelm",
+    "tiny_lvlm",
+)
+
+
+def command(root, out, *more, tasks=ASKED):
+    asked = ["--task", ",".join(tasks), "--data_root", str(root), "--out_dir", str(out), "--device", "cpu", "--no_report"]
+    return [sys.executable, evaluate.__file__, *asked, *more]
+
+
+def answers_of(out, tasks=ASKED):
+    return {name: read_answers(out / name / "answers.jsonl") for name in tasks}
+
+
+@pytest.mark.slow
+def test_answers_do_not_depend_on_batches_processes_or_interruptions(tmp_path, whole):
+    """The demo model on small data sets of many layouts, by the command."""
+    for out, more in (("eight", ("--batch_size", "8")), ("one", ("--batch_size", "1")), ("memory", ())):
+        assert subprocess.run(command(whole, tmp_path / out, *more), timeout=600).returncode == 0
+    expected = answers_of(tmp_path / "eight")
+    assert all(len(rows) >= 8 and [row["index"] for row in rows] == list(range(len(rows))) for rows in expected.values())
+    assert answers_of(tmp_path / "one") == expected and answers_of(tmp_path / "memory") == expected
+    some = ("mme", "mantis", "drivelm")
+    two = command(whole, tmp_path / "two", "--processes", "2", tasks=some)
+    assert subprocess.run(two, timeout=600).returncode == 0
+    assert answers_of(tmp_path / "two", some) == {name: expected[name] for name in some}
+    for more in (("--batch_size", "1"), ("--batch_size", "1", "--processes", "2")):
+        out = tmp_path / f"killed{len(more)}"
+        killed = subprocess.Popen(command(whole, out, *more), start_new_session=True, stderr=subprocess.DEVNULL)
+        until, path = time.monotonic() + 300, out / "mme" / "answers.jsonl"
+        while time.monotonic() < until and killed.poll() is None and not (path.exists() and path.stat().st_size):
+            time.sleep(0.02)
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait()
+        before = len(path.read_text(encoding="utf-8").splitlines())
+        assert 0 < before < len(expected["mme"]), "it was killed while it answered"
+        assert subprocess.run(command(whole, out, tasks=("mme",)), timeout=600).returncode == 0
+        assert answers_of(out, ("mme",)) == {"mme": expected["mme"]}
+
+
+@pytest.mark.medium
+def test_the_shell_script_takes_the_spellings_of_the_original(tmp_path, scenes):
+    LAYOUTS["seed"](tmp_path / "data", scenes)
+    script = str(cli.ROOT / "examples" / "internvl2" / "evaluate.sh")
+    environment = {
+        **os.environ,
+        "PYTHON": sys.executable,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "GPUS": "1",
+        "MASTER_PORT": "63669",
+    }
+    more = ["--dynamic", "--max-num", "2", "--out-dir", "found", "--num-beams", "5", "--auto", "--limit", "3"]
+    asked = ["bash", script, str(cli.DEMO_MODEL), "seed", *more, "--device", "cpu"]
+    subprocess.run(asked, cwd=tmp_path, env=environment, check=True, timeout=300)
+    run = json.loads((tmp_path / "found" / "seed" / "run.json").read_text())
+    assert (run["dynamic"], run["max_num"], run["num_beams"], run["rows"]) == (True, 2, 1, 3)
+    assert len(read_answers(tmp_path / "found" / "seed" / "answers.jsonl")) == 3
+    refused = subprocess.run(["bash", script, str(cli.DEMO_MODEL)], capture_output=True, text=True)
+    assert refused.returncode == 2 and "usage" in refused.stderr
+    parsed = evaluate.make_parser().parse_args(["--task", "pope", "--load-in-8bit", "--checkpoint", "x", "--out-dir", "y"])
+    assert parsed.load_8bit and parsed.model_name_or_path == "x" and parsed.out_dir == "y"

@@ -111,7 +111,7 @@ def test_what_is_missing_is_told(tmp_path):
 
 
 def test_the_evaluation_command_answers_alike(tmp_path):
-    from paddlemix.evaluation.local import LlavaModel, LocalModel
+    from paddlemix.evaluation.local import LlavaModel, load_model
     from paddlemix.evaluation.runner import Settings, run_task
     from paddlemix.evaluation.tasks import TASKS
 
@@ -120,7 +120,7 @@ def test_the_evaluation_command_answers_alike(tmp_path):
     (tmp_path / questions).write_text("".join(json.dumps(row) + "\n" for row in SUITE["questions"]), encoding="utf-8")
     (tmp_path / images).symlink_to(IMAGES)
     settings = Settings(str(CHAT), str(tmp_path), dtype="float32", device="cpu")
-    loaded = LocalModel.load(settings)
+    loaded = load_model(settings)
     assert isinstance(loaded, LlavaModel)
     result = run_task(TASKS["llava-pope"], settings, tmp_path / "results", model=loaded, progress=False)
     assert (result["questions"], result["failed"], result["submission"]) == (3, 0, "llava.jsonl")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from paddlemix.errors import ConfigError, DataError
 from paddlemix.evaluation.answers import RunFolder, read_answers
-from paddlemix.evaluation.local import LocalModel
+from paddlemix.evaluation.local import LocalModel, load_model
 from paddlemix.evaluation.runner import Settings, run_task
 from paddlemix.evaluation.submissions import camera_marks
 from paddlemix.evaluation.tasks import COT, LETTER, SHORT, TASKS, select
@@ -86,7 +86,7 @@ def settings(data):
 
 @pytest.fixture(scope="module")
 def model(settings):
-    return LocalModel.load(settings)
+    return load_model(settings)
 
 
 def run(name, out, settings, model=None, **changes):
@@ -162,6 +162,40 @@ def test_what_is_damaged_is_named_and_the_rest_goes_on(tmp_path, settings, model
         )
     with pytest.raises(DataError, match=r"ocrvqa_val\.jsonl is missing"):
         run("vqa-ocrvqa-val", tmp_path, settings, model)
+
+
+def test_a_full_disk_loses_nothing_that_was_written(tmp_path, settings, model):
+    import resource
+
+    run("vqa-chartqa-test", tmp_path / "whole", settings, model)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, before[1]))  # of any file: as if the disk had no more
+    try:
+        with pytest.raises(OSError, match=r"answers\.jsonl"):
+            run("vqa-chartqa-test", tmp_path / "full", settings, model, batch_size=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    written = answers(tmp_path / "full", "vqa-chartqa-test")
+    assert 0 < len(written) < SCENES and (tmp_path / "full" / "vqa-chartqa-test" / "answers.jsonl").stat().st_size == 1500
+    run("vqa-chartqa-test", tmp_path / "full", settings, model)
+    assert answers(tmp_path / "full", "vqa-chartqa-test") == answers(tmp_path / "whole", "vqa-chartqa-test")
+
+
+def test_answers_without_a_question_are_counted_and_kept(tmp_path, settings, model):
+    run("vqa-docvqa-test", tmp_path, settings, model)
+    folder = tmp_path / "vqa-docvqa-test"
+    rows = answers(tmp_path, "vqa-docvqa-test")
+    strangers = [{**rows[0], "index": 99}, {**rows[1], "id": "other"}, {"id": 1}]
+    kept = rows[:3] + strangers[:1] + rows[4:] + strangers[1:]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    result = run("vqa-docvqa-test", tmp_path, settings, model)
+    assert (result["without_question"], result["failed"], result["scored"]) == (3, 0, SCENES)
+    assert answers(tmp_path, "vqa-docvqa-test") == rows
+    assert read_answers(folder / "without_question.jsonl") == strangers
+    lines = (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "answers.jsonl").write_text("".join([lines[0], "not JSON\n", *lines[1:]]), encoding="utf-8")
+    with pytest.raises(DataError, match=r"answers\.jsonl: line 2 is no JSON object"):
+        run("vqa-docvqa-test", tmp_path, settings, model)
 
 
 def test_layouts_become_prompts(tmp_path, settings, model):

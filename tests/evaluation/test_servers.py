@@ -10,6 +10,8 @@ import pytest
 from paddlemix.errors import DataError
 from paddlemix.evaluation.answers import read_answers
 from paddlemix.evaluation.judge import complete, review
+from paddlemix.evaluation.judge_prompts import JudgePrompt
+from paddlemix.evaluation.runner import conclude
 from paddlemix.evaluation.tasks import TASKS
 from paddlemix.examples.internvl2 import cli, evaluate
 
@@ -62,6 +64,82 @@ def test_verdicts_stay_and_only_what_is_missing_is_judged(server, tmp_path):
     rows[0]["answer"] = "another"
     review(TASKS["llava-bench"], rows, tmp_path, url, "j", pause=0.01)
     assert len(requests) == 5, "a verdict is of an answer"
+
+
+def test_a_judge_that_fails_ends_in_an_exit_code_and_is_asked_again_for_the_rest(server, tmp_path, capsys):
+    url, requests, replies = server
+    replies += ["It is a star."]
+    (tmp_path / "mm-halbench").mkdir()
+    row = {"image": base64.b64encode(IMAGE).decode(), "question": "What?", "question_type": "t"}
+    (tmp_path / "mm-halbench" / "mmhal-bench_with_image.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    command = ["--task", "mmhal", "--data_root", str(tmp_path), "--out_dir", str(tmp_path / "out"), "--url", url]
+    evaluate.main(command)
+    judged = [*command, "--judge_url", url, "--judge_model", "j"]
+    replies[:] = ["Rating: 5", 400, 400]
+    with pytest.raises(SystemExit, match="1"):
+        evaluate.main(judged)
+    result = json.loads((tmp_path / "out" / "mmhal" / "score.json").read_text())
+    assert result["score"]["average_score"] == 5 and [p["id"] for p in result["not_judged"]] == [1, 2]
+    assert "not judged: 2, such as 1" in capsys.readouterr().err
+    replies[:], asked = ["Rating: 2"], len(requests)
+    evaluate.main(judged)
+    result = json.loads((tmp_path / "out" / "mmhal" / "score.json").read_text())
+    assert result["score"]["average_score"] == 3 and not result["not_judged"] and len(requests) == asked + 2
+
+
+def test_prompts_of_benchmarks_are_read_from_their_folders(tmp_path):
+    row = {"id": 1, "question": "What {is} it?", "answer": "a {star}", "reference": {"question": "Q", "gt_answer": "G"}}
+    for kind in ("llava_bench", "mmhal", "mmvet", "mathvista"):
+        prompt = JudgePrompt(kind, tmp_path)
+        (message,) = prompt.messages(row)
+        assert "a {star}" in message["content"] and "short one" in prompt.told and "https://" in prompt.told
+
+    def save(name, text):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    save("llava-bench-in-the-wild/rule.json", json.dumps({"llava_bench_conv": {"role": "Helper", "prompt": "RULE"}}))
+    row["reference"] |= {"category": "conv", "context": "C", "answer": "theirs <AND> more", "image_content": ["cat", "dog"]}
+    system, user = JudgePrompt("llava_bench", tmp_path).messages(row)
+    assert user["content"] == (
+        "[Context]\nC\n\n[Question]\nQ\n\n[Helper 1]\ntheirs <AND> more\n\n[End of Helper 1]\n\n[Helper 2]\na {star}\n\n"
+        "[End of Helper 2]\n\n[System]\nRULE\n\n"
+    )
+    with pytest.raises(DataError, match="llava_bench_detail"):
+        JudgePrompt("llava_bench", tmp_path).messages({**row, "reference": {"category": "detail"}})
+    save("mm-halbench/template.txt", "see {}; asked {}; right {}; said {}!")
+    (message,) = JudgePrompt("mmhal", tmp_path).messages(row)
+    assert message["content"] == "see cat, dog; asked Q; right G; said a {star}!"
+    save("mm-halbench/template.txt", "see {}")
+    with pytest.raises(DataError, match="four places"):
+        JudgePrompt("mmhal", tmp_path)
+    save("mm-vet/prompt.txt", "TABLE")
+    (message,) = JudgePrompt("mmvet", tmp_path).messages(row)
+    assert message["content"] == "TABLE\nQ | theirs  <AND>  more | a {star} | "
+    save("MathVista/prompt.txt", "EXAMPLES\n")
+    (message,) = JudgePrompt("mathvista", tmp_path).messages({**row, "reference": {}})
+    assert message["content"] == "EXAMPLES\n\nWhat {is} it?\n\nModel response: 'a {star}'\nExtracted Answer: "
+
+
+def test_a_judge_finds_mathvistas_answers_in_texts(server, tmp_path):
+    url, requests, replies = server
+    choice = {"question_type": "multi_choice", "answer_type": "text", "choices": ["left", "right"], "answer": "right"}
+    number = {"question_type": "free_form", "answer_type": "integer", "choices": None, "answer": "4", "precision": None}
+    said = [("right", choice), ("It must be the one on the other side.", choice), ("4", number), ("There are four.", number)]
+    rows = [{"id": i, "question": "q", "answer": text, "reference": truth} for i, (text, truth) in enumerate(said)]
+    replies += ["B", "4"]
+    reviewed, problems = review(TASKS["mathvista-testmini"], rows, tmp_path, url, "j", pause=0.01)
+    assert not problems and [(row["id"], row["review"]) for row in reviewed] == [(1, "B"), (3, "4")] and len(requests) == 2
+    judge = (url, "j", "a prompt")
+    merged = {row["id"]: row for row in reviewed}
+    result = conclude(TASKS["mathvista-testmini"], [merged.get(r["id"], r) for r in rows], tmp_path, [], judge)
+    assert result["score"] == {"accuracy": 1.0} and result["judge_prompt"] == "a prompt"
+    assert conclude(TASKS["mathvista-testmini"], rows, tmp_path)["score"]["accuracy"] < 1
+    with open(tmp_path / "reviews.jsonl", "a") as file:  # cut by what ended the run
+        file.write('{"id": 1, "ans')
+    rows[3]["answer"] = "Four it is."
+    review(TASKS["mathvista-testmini"], rows, tmp_path, url, "j", pause=0.01)
+    assert len(requests) == 3 and [row["id"] for row in read_answers(tmp_path / "reviews.jsonl")] == [1, 3, 3]
 
 
 def test_a_server_is_scored_by_the_same_code(server, tmp_path):

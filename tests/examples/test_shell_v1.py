@@ -213,7 +213,7 @@ def _unfolded(lines):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [case[0] for case in CHAT], ids=[case[0].rsplit("/", 1)[1] for case in CHAT])
+@pytest.mark.parametrize("name", [CHAT[0][0], CHAT[3][0], CHAT[4][0], CHAT[-1][0]])
 def test_dry_runs_print_a_plan(name, tmp_path):
     env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT.parent)}
     done = subprocess.run(["sh", str(SHELL / f"{name}.sh"), "--dry_run"], env=env, cwd=tmp_path, capture_output=True, text=True)

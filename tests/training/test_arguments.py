@@ -123,7 +123,6 @@ def test_the_existing_ports_script_runs_unchanged():
     "more, message",
     [
         (["--tensor_parallel_degree", "2"], r"--tensor_parallel_degree 2 is not supported: .*-1, 0, 1"),
-        (["--load_best_model_at_end", "True"], "--load_best_model_at_end True is not supported"),
         (["--load_4bit"], "--load_4bit true is not supported: leave it out"),
         (["--fp16", "True"], "exclude each other"),
         (["--learning_rates", "1"], "unrecognized arguments: --learning_rates"),

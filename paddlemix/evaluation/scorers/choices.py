@@ -137,7 +137,8 @@ _PHRASES = (
 )
 
 
-def _realworld_choice(answer, options):
+def realworld_choice(answer, options):
+    """The letter that an answer to MME-RealWorld means; empty where it means none."""
     answer = answer.strip()
     for phrase in _PHRASES:
         answer = answer.replace(phrase, "")
@@ -152,7 +153,7 @@ def _realworld_choice(answer, options):
 def mme_realworld(references, answers):
     """MME-RealWorld: accuracy by task and category, by task, and of all."""
     each = [
-        int(answer is not None and _realworld_choice(answer, field(reference, "options")) == field(reference, "answer"))
+        int(answer is not None and realworld_choice(answer, field(reference, "options")) == field(reference, "answer"))
         for reference, answer in zip(references, answers)
     ]
     by_task = means_by([field(reference, "task") for reference in references], each)
@@ -183,7 +184,7 @@ def mmmu(references, answers):
 def mmmu_pro(references, answers):
     """MMMU-Pro: accuracy by setting, and the mean of the settings."""
     each = [
-        float(answer is not None and choose(_last_letter(answer), field(reference, "options")) == field(reference, "answer"))
+        float(answer is not None and choose(last_letter(answer), field(reference, "options")) == field(reference, "answer"))
         for reference, answer in zip(references, answers)
     ]
     by_setting = means_by([reference.get("setting", "standard") for reference in references], each)
@@ -192,7 +193,7 @@ def mmmu_pro(references, answers):
     return {**by_setting, "accuracy": mean(by_setting.values())}, each
 
 
-def _last_letter(answer):
+def last_letter(answer):
     """What follows the last "Answer:", as the benchmark's instruction asks for."""
     found = re.findall(r"Answer:\s*\(?([A-Z])\b", answer)
     return found[-1] if found else answer

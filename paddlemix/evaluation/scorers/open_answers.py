@@ -77,6 +77,19 @@ def _extract(answer, reference):
     return final_answer(answer)
 
 
+def needs_extraction(row):
+    """Whether only a judge can tell which answer a row's text gives: it is not empty, an option, or the number asked for."""
+    answer, reference = row["answer"], row["reference"]
+    kind, choices = reference.get("answer_type"), reference.get("choices") or ()
+    if not answer.strip() or (reference.get("question_type") == "multi_choice" and answer in choices):
+        return False
+    try:
+        {"integer": int, "float": float}.get(kind, lambda text: int("none"))(answer)
+    except ValueError:
+        return True
+    return False
+
+
 def _as_answer(extracted, reference):
     """What was extracted, in the form of the truth; None where it cannot be read."""
     if reference["question_type"] == "multi_choice":

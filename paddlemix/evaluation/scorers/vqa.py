@@ -27,12 +27,14 @@ def tables():
     return json.loads((Path(__file__).parents[1] / "tables.json").read_text(encoding="utf-8"))
 
 
+@functools.lru_cache(1 << 16)  # intervals score the same answers many times
 def normalize_answer(text):
     """An answer as EvalAI's processor of VQA answers leaves it."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return normalize_words(text)
 
 
+@functools.lru_cache(1 << 16)
 def normalize_words(text):
     """The part of :func:`normalize_answer` after lower case: punctuation, number words, articles and contractions."""
     text = text.replace("\n", " ").replace("\t", " ").strip()

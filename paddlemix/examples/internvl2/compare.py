@@ -7,13 +7,14 @@ import argparse
 import json
 from pathlib import Path
 
+from paddlemix.commands import Parser
 from paddlemix.errors import command_main
 
 
 @command_main
 def main(argv=None):
     """Parse the command line, compare and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", help="folder of a run")
     parser.add_argument("second", help="folder of another run of the same task")
     parser.add_argument("--show", type=int, default=10, help="questions to show (default: %(default)s)")

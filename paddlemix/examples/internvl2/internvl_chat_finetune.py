@@ -73,7 +73,26 @@ def run(argv, script, recipe=None, extra=()):
         start_ranks(processes, argv, train_args, script)
     from paddlemix.training.trainer import finetune  # after the arguments are known to be right: Paddle takes seconds to load
 
-    return finetune(model_args, data_args, train_args, recipe and recipe(model_args, *others))
+    recipe = recipe and recipe(model_args, *others)
+    return finetune(model_args, data_args, train_args, recipe, task_scorer(data_args, train_args))
+
+
+def task_scorer(data_args, train_args):
+    """What scores ``--eval_tasks`` while training, on pictures cut as those of training are; None without."""
+    if not train_args.eval_tasks:
+        return None
+    from paddlemix.evaluation.runner import Settings
+    from paddlemix.evaluation.while_training import TaskScorer
+
+    settings = Settings(
+        model=train_args.output_dir,
+        data_root=train_args.eval_data_root,
+        dynamic=data_args.dynamic_image_size,
+        max_num=data_args.max_dynamic_patch if data_args.dynamic_image_size else None,
+        limit=train_args.eval_limit,
+        shuffle_seed=None if train_args.eval_limit is None else 0,  # the first ones are often of one kind
+    )
+    return TaskScorer(train_args.eval_tasks, os.path.join(train_args.output_dir, "evaluations"), settings)
 
 
 @command_main

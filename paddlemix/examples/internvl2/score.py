@@ -10,20 +10,21 @@ import argparse
 import json
 import sys
 
+from paddlemix.commands import Parser
 from paddlemix.errors import command_main
 
 
 @command_main
 def main(argv=None):
     """Parse the command line, join and score."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", help="a task's name, or a file that describes one")
     parser.add_argument("answers", help="JSON lines with id and answer (or review)")
     parser.add_argument("--data_root", default="data", help="folder of the data sets, for lines without 'reference'")
     args = parser.parse_args(argv)
     from paddlemix.errors import DataError
     from paddlemix.evaluation.answers import read_answers
-    from paddlemix.evaluation.intervals import interval
+    from paddlemix.evaluation.intervals import intervals
     from paddlemix.evaluation.loaders import load
     from paddlemix.evaluation.own import task_of_file
     from paddlemix.evaluation.tasks import TASKS, score, select
@@ -40,9 +41,13 @@ def main(argv=None):
     asked = {str(reference["id"]) for reference in references}
     given = {str(row.get("id")) for row in rows}
     strangers = sorted(given - asked)
-    scores, each = score(task, [row for row in rows if "error" not in row], references, each=True)
+    scores = score(task, [row for row in rows if "error" not in row], references)
     result = {"task": task.name, "score": scores, "questions": len(references), "missing": len(asked - given)}
-    result |= {"mean_interval": interval(each), "without_question": len(strangers)}
+    given_by_id = {str(row.get("id")): row for row in rows if "error" not in row}
+    key = task.prediction_key
+    texts = [given_by_id.get(str(reference["id"]), {}).get(key) for reference in references]
+    texts = [None if text is None else str(text) for text in texts]
+    result |= {"intervals": intervals(task.scorer, references, texts), "without_question": len(strangers)}
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if strangers:
         print(f"error: {len(strangers)} answers have no question, such as {strangers[0]!r}", file=sys.stderr)

@@ -12,8 +12,7 @@ from paddlemix.checkpoints.files import open_weight_file
 from paddlemix.errors import CheckpointError, ConfigError, PromptError
 from paddlemix.kernels import cpu as kernels
 from paddlemix.models.blocks.chat import ChatSession
-from paddlemix.models.blocks.configuration import VisionConfig
-from paddlemix.models.internvl_llava import LlavaConfig, LlavaForCausalLM, build_prompt, load_tokenizer, tokenize_prompt
+from paddlemix.models.internvl_llava import LlavaConfig, LlavaForCausalLM, load_tokenizer
 
 from .helpers import (
     BASE,
@@ -236,49 +235,6 @@ def test_the_picture_size_goes_by_name_or_by_what_the_tower_is_made_for():
     assert size(mm_vision_tower="intern_vit_6b_448px") == 448
     assert size(mm_vision_tower="tower", mm_vision_config={**vision, "image_size": 448}) == 448
     assert size(mm_image_size=168) == 168
-
-
-def test_shapes_of_13b_with_the_448_pixel_tower():
-    values = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824}
-    values |= {"num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40, "vocab_size": 32000}
-    values |= {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
-    tower = VisionConfig(num_hidden_layers=45, image_size=448)
-    named = {"mm_vision_tower": "OpenGVLab/InternViT-6B-448px-V1-2", "mm_projector_type": "mlp2x_gelu"}
-    config = LlavaConfig.from_language(values, **named, vision_config=tower, mm_use_im_patch_token=False)
-    assert (config.image_size, config.num_image_token, config.select_layer) == (448, 1024, -1)
-    shapes = {part.name: part.shape for weight in config.weight_table() for part in weight.parts}
-    expected = {
-        "lm_head.weight": (32000, 5120),
-        "model.layers.39.mlp.down_proj.weight": (5120, 13824),
-        "model.layers.0.self_attn.k_proj.weight": (5120, 5120),
-        "model.mm_projector.0.weight": (5120, 3200),
-        "model.mm_projector.2.bias": (5120,),
-        "model.vision_tower.vision_tower.encoder.layers.44.attn.qkv.weight": (9600, 3200),
-        "model.vision_tower.vision_tower.embeddings.position_embedding": (1, 1025, 3200),
-    }
-    assert {name: shapes[name] for name in expected} == expected
-    assert "model.layers.40.mlp.down_proj.weight" not in shapes
-    llama = 2 * 32000 * 5120 + 40 * (4 * 5120**2 + 3 * 5120 * 13824 + 2 * 5120) + 5120
-    assert (
-        sum(math.prod(shape) for name, shape in shapes.items() if ".vision_tower." not in name and ".mm_" not in name) == llama
-    )
-
-
-@pytest.mark.parametrize("feature, layer", [("patch", -1), ("cls_patch", -2)])
-def test_other_widths_answer_what_their_logits_say(feature, layer, tmp_path):
-    """Five heads of twelve: pieces from the cache against the likeliest token of the whole prompt, step by step."""
-    more = {"hidden_size": 60, "intermediate_size": 100, "num_attention_heads": 5, "num_key_value_heads": 5}
-    more |= {"mm_image_size": 56, "initializer_range": 0.3, "num_hidden_layers": 2, "model_type": "llava_llama"}
-    small(tmp_path, "mlp2x_ln_gelu", layer, feature, **more)
-    own, given = LlavaForCausalLM.from_pretrained(tmp_path), pixels(0, 1, size=56)
-    assert own.encode_images(given).shape == [2, 16 + (feature == "cls_patch"), 60]
-    messages = ["<image>\nfirst", "answer", "<image>\nsecond"]
-    ids = tokenize_prompt(build_prompt("vicuna_v1", messages), tokenizer())
-    answer = []
-    for _ in range(6):
-        answer.append(int(own(ids + answer, given).logits.numpy()[0, -1].argmax()))
-    text = own.chat(tokenizer(), given, messages, {"max_new_tokens": 6})
-    assert text == tokenizer().decode([i for i in answer if i != tokenizer().eos_token_id]).strip()
 
 
 # ---------------------------------------------------------------------- what makes no sense

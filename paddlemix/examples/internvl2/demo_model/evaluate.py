@@ -2,7 +2,8 @@
 
   python -m paddlemix.examples.internvl2.demo_model.evaluate MODEL META.json [META.json ...]
 
-takes meta files that :mod:`.data` wrote. A box is right where the words are and it covers the true one with an IoU of 0.5 or
+takes meta files that :mod:`.data` wrote; each is a task of the same runner as ``paddlemix evaluate``, which --out_dir lets keep
+its answers and reports. A box is right where the words are and it covers the true one with an IoU of 0.5 or
 more.
 """
 
@@ -10,14 +11,11 @@ import argparse
 import collections
 import json
 import os
+import tempfile
 from pathlib import Path
-
-from tqdm import tqdm
 
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import DataError, command_main
-
-BATCH = 32  # questions that are asked at once
 
 
 def read_questions(meta_path):
@@ -62,7 +60,36 @@ def _overlap(a, b):
     return both / max(sum(areas) - both, 1e-9)
 
 
-def evaluate(directory, meta_paths, limit=None, device="cpu"):
+def load_part(task, data_root):
+    """The questions of the meta file that is the only one of ``task.files``."""
+    from paddlemix.evaluation.rows import Question
+
+    return [
+        Question(i, question, tuple(paths), {"category": kind, "answers": [answer]})
+        for i, (kind, question, answer, paths) in enumerate(read_questions(task.files[0]))
+    ]
+
+
+def score_part(references, answers):
+    """Shares of right answers: of each kind of question, and ``overall``."""
+    each = [
+        float(answer is not None and is_right(reference["category"], answer, reference["answers"][0]))
+        for reference, answer in zip(references, answers)
+    ]
+    kinds = sorted({reference["category"] for reference in references})
+    of = {kind: [value for r, value in zip(references, each) if r["category"] == kind] for kind in kinds}
+    return {**{kind: sum(values) / len(values) for kind, values in of.items()}, "overall": sum(each) / len(each)}, each
+
+
+def task_of(meta_path):
+    """The task that a meta file is."""
+    from paddlemix.evaluation.tasks import Task
+
+    files, limits = (str(meta_path),), {"max_new_tokens": 96, "min_new_tokens": 0}
+    return Task(f"demo-{Path(meta_path).stem}", load_part, score_part, "overall", files=files, **limits)
+
+
+def evaluate(directory, meta_paths, limit=None, device="cpu", out_dir=None):
     """Accuracy of the model in ``directory`` on each part.
 
     Args:
@@ -70,38 +97,35 @@ def evaluate(directory, meta_paths, limit=None, device="cpu"):
         meta_paths: meta files of :mod:`.data`.
         limit: ask only so many questions of each part.
         device: where to run.
+        out_dir: folder for answers, scores and reports, where an interrupted run goes on; None keeps none.
 
     Returns:
         For each meta file a dictionary ``{task: (right, asked)}``, and a list of wrong answers (task, question, answer, truth).
+
+    Raises:
+        DataError: a question could not be asked.
     """
-    from paddlemix.evaluation.local import LocalModel
-    from paddlemix.evaluation.rows import Question
-    from paddlemix.evaluation.runner import Settings, ask, batches
-    from paddlemix.evaluation.tasks import Task
+    from paddlemix.checkpoints.files import model_digest
+    from paddlemix.evaluation.answers import read_answers
+    from paddlemix.evaluation.local import load_model
+    from paddlemix.evaluation.runner import Settings, run_task
 
-    model = LocalModel.load(Settings(model=str(directory), batch_size=BATCH, device=device))
-    task = Task("demo", read_questions, None, "", max_new_tokens=96, min_new_tokens=0)
-    tables, wrong = [], []
-    for meta_path in meta_paths:
-        questions = read_questions(meta_path)[:limit]
-        right, asked = collections.Counter(), collections.Counter()
-        found = [Question(i, question, tuple(paths)) for i, (_, question, _, paths) in enumerate(questions)]
-        with tqdm(total=len(found), desc=Path(meta_path).stem, unit="question", disable=None) as bar:
-
-            def write(rows, questions=questions, right=right, asked=asked, bar=bar):
-                bar.update(len(rows))
-                for row in rows:
-                    if "error" in row:
-                        raise DataError(row["error"])
-                    kind, question, truth, _ = questions[row["index"]]
-                    asked[kind] += 1
-                    if is_right(kind, row["answer"], truth):
-                        right[kind] += 1
-                    else:
-                        wrong.append((kind, question, row["answer"], truth))
-
-            ask(model, task, batches(found, {}, BATCH), write)
-        tables.append({kind: (right[kind], asked[kind]) for kind in sorted(asked)})
+    settings = Settings(model=str(directory), limit=limit, device=device)
+    model, digest, tables, wrong = load_model(settings), model_digest(directory), [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, meta_path in enumerate(meta_paths):
+            task, place = task_of(meta_path), Path(out_dir) if out_dir else Path(folder) / str(number)
+            result = run_task(task, settings, place, model=model, digest=digest, report=out_dir is not None)
+            if result["failed"]:
+                raise DataError(result["failures"][0]["error"])
+            right, asked = collections.Counter(), collections.Counter()
+            for row in read_answers(place / task.name / "answers.jsonl"):
+                kind, (truth,) = row["reference"]["category"], row["reference"]["answers"]
+                good = is_right(kind, row["answer"], truth)
+                asked[kind], right[kind] = asked[kind] + 1, right[kind] + good
+                if not good:
+                    wrong.append((kind, row["question"], row["answer"], truth))
+            tables.append({kind: (right[kind], asked[kind]) for kind in sorted(asked)})
     return tables, wrong
 
 
@@ -125,8 +149,9 @@ def main():
     parser.add_argument("--limit", type=int, default=None, help="ask only so many questions of each part")
     parser.add_argument("--wrong", type=int, default=0, help="also print so many of the wrong answers")
     parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or another Paddle device (default: %(default)s)")
+    parser.add_argument("--out_dir", default=None, help="keep answers, scores and reports in this folder")
     args = parser.parse_args()
-    tables, wrong = evaluate(args.model, args.meta, args.limit, args.device)
+    tables, wrong = evaluate(args.model, args.meta, args.limit, args.device, args.out_dir)
     print(format_table([Path(path).stem for path in args.meta], tables))
     for task, question, answer, truth in wrong[:: max(1, len(wrong) // max(args.wrong, 1))][: args.wrong]:
         print(f"{task}: {question.splitlines()[-1]} | {answer!r} instead of {truth!r}")

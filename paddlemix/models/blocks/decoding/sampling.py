@@ -4,6 +4,7 @@ All in float32 on the host, which costs about a millisecond for a large vocabula
 sequence draws depends on its seed and its own logits alone, never on who else is in the batch.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,16 +32,18 @@ class Chooser:
     """
 
     def __init__(self, config, stream=0):
-        self.config = config
-        if config.seed is None:
-            self._random = np.random.default_rng()
-        else:  # any integer: negative ones count from the end
-            seed = int(config.seed) % _SEEDS
-            self._random = np.random.default_rng([seed, stream] if stream else seed)
-        self._bias = None
+        self.config, self._stream, self._bias = config, stream, None
         if config.logit_bias:
             self._bias = np.array(list(config.logit_bias), "int64"), np.array(list(config.logit_bias.values()), "float32")
         self.matcher = config.form.matcher() if config.form is not None else None
+
+    @functools.cached_property
+    def _random(self):
+        """Made when first drawn from: its entropy takes longer than a step of a small model does for one row."""
+        if self.config.seed is None:
+            return np.random.default_rng()
+        seed = int(self.config.seed) % _SEEDS  # any integer: negative ones count from the end
+        return np.random.default_rng([seed, self._stream] if self._stream else seed)
 
     def is_plain(self, length):
         """Whether the likeliest token is all that is asked for, after an answer of ``length`` tokens."""
