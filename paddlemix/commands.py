@@ -119,6 +119,23 @@ class Parser(argparse.ArgumentParser):
         return argument
 
 
+def add_weight_flags(parser):
+    """Flags that ask for weights in fewer bits; :func:`weight_options` reads them."""
+    bits = parser.add_mutually_exclusive_group()
+    bits.add_argument("--load_8bit", "--load_in_8bit", action="store_true", help="hold weights in 8 bits, a quarter of float32")
+    bits.add_argument("--load_4bit", "--load_in_4bit", action="store_true", help="hold weights in 4 bits, embeddings in 8")
+    parser.add_argument(
+        "--quantize_parts", default=None, metavar="PARTS",
+        help="which weights: language, projector and vision, with commas between (default: language,projector)",
+    )  # fmt: skip
+
+
+def weight_options(args):
+    """The arguments of ``from_pretrained`` that the flags of :func:`add_weight_flags` stand for."""
+    weight_dtype = "int8" if args.load_8bit else "int4" if args.load_4bit else None
+    return {"weight_dtype": weight_dtype, "quantize_parts": args.quantize_parts}
+
+
 def own_flags(args):
     """The values of a command's own flags, without those that every command has."""
     return {name: value for name, value in vars(args).items() if name not in ("threads", "cpus")}

@@ -14,6 +14,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
+from paddlemix.errors import CheckpointError
+from paddlemix.quantised import joined, quantise
+
 from .contents import LAYOUTS, Checkpoint, OpenFiles, check_choices, fill
 from .saving import convert_checkpoint, save_checkpoint, save_packed
 from .tensors import ARRAY_DTYPES
@@ -29,39 +32,84 @@ __all__ = [
 ]
 
 
-def read_parameters(config, directory, dtype):
+def read_parameters(config, directory, dtype, quantised=()):
     """Read a checkpoint in either layout, a few blocks at a time.
 
     Args:
         config: the model's configuration, which has a ``weight_table()``.
         directory: where the weight files are; or a :class:`Checkpoint` of it.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        quantised: names of parameters that will be in few bits. They come as ``[out, in]``, in bfloat16 where all their parts
+            are, else in float32; or as a :class:`~paddlemix.quantised.Quantised` where the files have them in few bits.
 
     Yields:
         ``(name, array)`` for every parameter as soon as it is complete, in no particular order. Arrays have the
         parameter's shape and start at a multiple of 64 bytes; bfloat16 comes as its bits in ``uint16``.
 
     Raises:
-        CheckpointError: see :class:`Checkpoint`; or a value does not fit into float16.
+        CheckpointError: see :class:`Checkpoint`; or a value does not fit into float16; or a parameter is in few bits in the
+            files that is not among ``quantised``.
     """
     check_choices("torch", dtype)
     checkpoint = directory if isinstance(directory, Checkpoint) else Checkpoint(directory, config)
-    arrays, unread = {}, {source.weight.name: len(source.weight.parts) for source in checkpoint.sources}
+    packed = checkpoint.packed
+    if packed - set(quantised):
+        raise CheckpointError(
+            f"{checkpoint.directory} is a quantised checkpoint, which can be asked but not trained, merged or converted: take "
+            "the original one, in bfloat16 or float16"
+        )
+    stored = {}
+    for source in checkpoint.sources:
+        stored.setdefault(source.weight.name, set()).add(source.location.dtype)
+    targets = {name: "bfloat16" if stored[name] == {"bfloat16"} else "float32" for name in quantised if name in stored}
+    arrays, turned, unread = {}, set(), {source.weight.name: len(source.weight.parts) for source in checkpoint.sources}
+    for weight, sources in _by_weight(checkpoint.sources, packed):
+        with OpenFiles() as files:
+            yield weight.name, _joined(weight, sources, files)
 
     def fill_calls(sources, files):
         for source in sources:
-            weight = source.weight
+            weight, target = source.weight, targets.get(source.weight.name, dtype)
             if weight.name not in arrays:
-                arrays[weight.name] = aligned_empty(weight.shape, ARRAY_DTYPES[dtype])
-            yield source, files.get(source.location), arrays[weight.name], dtype
+                turn = weight.name in targets and weight.linear
+                array = aligned_empty(weight.shape[::-1] if turn else weight.shape, ARRAY_DTYPES[target])
+                arrays[weight.name] = array.T if turn else array
+                turned.update([weight.name] if turn else [])
+            yield source, files.get(source.location), arrays[weight.name], target
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for _, sources in itertools.groupby(checkpoint.sources, key=lambda source: source.location.path):
+        plain = [source for source in checkpoint.sources if source.weight.name not in packed]
+        for _, sources in itertools.groupby(plain, key=lambda source: source.location.path):
             with OpenFiles() as files:
                 for name in _in_background(pool, fill, fill_calls(sources, files)):
                     unread[name] -= 1
                     if not unread[name]:
-                        yield name, arrays.pop(name)
+                        array = arrays.pop(name)
+                        yield name, array.T if name in turned else array
+
+
+def _by_weight(sources, names):
+    """``(weight, its sources)`` of those that are ``names``."""
+    of = {}
+    for source in sources:
+        if source.weight.name in names:
+            of.setdefault(source.weight.name, (source.weight, []))[1].append(source)
+    return of.values()
+
+
+def _joined(weight, sources, files):
+    """A parameter in few bits, made of its parts; those that are not so yet become so in 8 bits."""
+    parts = []
+    for source in sources:
+        if source.location.packed:
+            value = files.packed(source)
+        else:
+            array = aligned_empty(source.part.shape, ARRAY_DTYPES["float32"])
+            whole = source._replace(part=source.part._replace(runs=((0, 0, len(array)),)))
+            fill(whole, files.get(source.location), array.T if weight.linear else array, "float32")
+            value = quantise(array, 8)
+        parts.append((value, source.part.runs))
+    return joined(parts)
 
 
 def _in_background(pool, function, calls, ahead=8):
@@ -102,8 +150,11 @@ def load_checkpoint(model, directory, dtype, keep=None):
     Raises:
         CheckpointError: see :func:`read_parameters`.
     """
-    parameters = model.state_dict()
-    for name, array in read_parameters(model.config, directory, dtype):
+    parameters, quantised = model.state_dict(), getattr(model, "quantised_layers", {})
+    for name, array in read_parameters(model.config, directory, dtype, quantised):
+        if name in quantised:
+            quantised[name].take(array)
+            continue
         take_over(parameters[name], array)
         if keep is not None and not keep(name):
             parameters[name]._clear_data()

@@ -13,8 +13,9 @@ from collections import Counter
 from typing import NamedTuple
 
 from paddlemix.errors import CheckpointError
+from paddlemix.quantised import padded
 
-from . import mxfp4
+from . import mxfp4, packed
 from .files import find_weight_files, fingerprint, name_some, open_weight_file
 from .hf_names import STACKED, is_hf, normalised
 from .names import Part, Weight, head_name
@@ -27,13 +28,15 @@ _PADDLENLP_BASE = re.compile(r"^language_model\.(?:qwen2|llama)\.")  # what Padd
 
 
 class Location(NamedTuple):
-    """Where a published tensor is; ``scales``: of what is packed as MXFP4, with dtype and shape of what it is read as."""
+    """Where a published tensor is; ``scales``: of what is packed as MXFP4, with dtype and shape of what it is read as;
+    ``packed``: how all tensors of a weight in few bits are stored, whose ``dtype`` is then int8 or int4."""
 
     path: str
     key: str
     dtype: str
     shape: tuple
     scales: "Location | None" = None
+    packed: "packed.Packed | None" = None
 
 
 class Source(NamedTuple):
@@ -66,12 +69,13 @@ class Checkpoint:
         found = locate(paths, index)
         only = getattr(config, "reads_only", "")  # a tower can be read from the file of a whole model
         found = {name: location for name, location in found.items() if name.startswith(only)}
+        found = packed.grouped(found, _said(config), lambda *values: Location(*values[:4], packed=values[4]))
         # Names of LLaVA's own begin like those of transformers' layout of other models.
         in_hf, self.config, self._table = getattr(config, "has_hf_layout", True) and is_hf(found), config, ()
         if in_hf:
             found = normalised(directory, found)
             self._table = "hf", any(map(STACKED.fullmatch, found))
-        table = config.weight_table(*self._table)
+        table = [_as_stored(weight, found) for weight in config.weight_table(*self._table)]
         parts = [(weight, part) for weight in table for part in weight.parts]
         for _, part in parts:
             earlier = part.name.replace(".base_layer.", ".")  # what older versions of PEFT call it
@@ -97,6 +101,11 @@ class Checkpoint:
         self.dtypes = Counter()
         for source in sources:
             self.dtypes[source.location.dtype] += math.prod(source.part.shape)
+
+    @property
+    def packed(self):
+        """Names of the parameters that are in few bits in the files."""
+        return {source.weight.name for source in self.sources if source.location.packed}
 
     def describes(self, config):
         """Whether a model of this configuration has these tensors and no others."""
@@ -147,6 +156,14 @@ class OpenFiles(contextlib.ExitStack):
         super().__init__()
         self._opened = {}
 
+    def packed(self, source):
+        """The :class:`~paddlemix.quantised.Quantised` at a source in few bits."""
+        found = packed.read(source.location, self.get, source.part.name)
+        rows, inputs = source.part.shape
+        if found.inputs != inputs:  # our own files know the width with what fills up
+            found = dataclasses.replace(found, inputs=inputs)
+        return found
+
     def get(self, location):
         """The stored tensor at a location."""
         stored = self._stored(location)
@@ -162,16 +179,33 @@ class OpenFiles(contextlib.ExitStack):
         self._opened = {}
 
 
+def _said(config):
+    """The ``quantization_config`` of a configuration or of its language model's."""
+    parts = (config, getattr(config, "llm_config", None))
+    return next(filter(None, (part.extra.get("quantization_config") for part in parts if hasattr(part, "extra"))), None)
+
+
+def _as_stored(weight, found):
+    """A weight, as one part of its own name where a file in our own layout has it so."""
+    location = found.get(weight.name)
+    if location is None or location.packed is None or location.packed.kind != packed.METHOD:
+        return weight
+    out, inputs = weight.shape[::-1] if weight.linear else weight.shape
+    if location.shape == (out, padded(inputs, location.packed.group)):
+        found[weight.name] = location._replace(shape=(out, inputs))
+    return weight._replace(parts=(Part(weight.name, (out, inputs), ((0, 0, out),)),))
+
+
 def _check_not_quantised(directory, found, config):
-    said = [part.extra.get("quantization_config") for part in (config, getattr(config, "llm_config", None)) if part is not None]
-    methods = [str(s.get("quant_method", "no named")) if isinstance(s, dict) else str(s) for s in said if s]
-    methods = [method for method in methods if method != "mxfp4"]  # whose tensors tell for themselves
-    packed = next((name for name in found if name.endswith((".qweight", ".qzeros", ".scales", ".absmax", ".SCB"))), None)
-    if methods or packed:
-        sign = f"its config.json has a quantization_config of method {methods[0][:40]}" if methods else f"it has {packed}"
+    said = _said(config)
+    methods = [str(said.get("quant_method", "no named")) if isinstance(said, dict) else str(said)] if said else []
+    methods = [method for method in methods if method not in ("mxfp4", *packed.READ)]  # whose tensors tell for themselves
+    odd = next((name for name in found if name.endswith((".qweight", ".qzeros", ".scales", ".absmax", ".SCB"))), None)
+    if methods or odd:
+        sign = f"its config.json has a quantization_config of method {methods[0][:40]}" if methods else f"it has {odd}"
         raise CheckpointError(
-            f"{directory} is a quantised checkpoint ({sign}): these cannot be read, so take the original one, in bfloat16 or "
-            "float16"
+            f"{directory} is a quantised checkpoint ({sign}): of these only AWQ, GPTQ and our own can be read, so take the "
+            "original one, in bfloat16 or float16"
         )
 
 
@@ -179,10 +213,10 @@ def _check_tensors(directory, parts, found, config):
     """The layout of the tensors ``found``, after checking that they are those of ``parts``."""
     _check_not_quantised(directory, found, config)
     for name, location in found.items():
-        if location.dtype not in ARRAY_DTYPES:
+        if location.dtype not in ARRAY_DTYPES and not location.packed:
             raise CheckpointError(
                 f"{location.path}: {name} is of dtype {location.dtype}, but weights must be {', '.join(DTYPES)}; "
-                "quantised checkpoints (AWQ, GPTQ, 8 and 4 bits) are not supported, take the original one"
+                "quantised checkpoints other than AWQ and GPTQ are not supported, take the original one"
             )
     expected = {part.name for _, part in parts}
     wrong, layouts = [], {}

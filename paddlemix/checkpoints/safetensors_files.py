@@ -15,7 +15,7 @@ import numpy as np
 from paddlemix.errors import CheckpointError
 from paddlemix.validation import Integer, Items, Text, check, shown
 
-from .tensors import ARRAY_DTYPES, contiguous
+from .tensors import ARRAY_DTYPES, PACKED_DTYPES, contiguous
 
 _SAFETENSORS_TAGS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _ENTRY = {
@@ -81,11 +81,16 @@ def read_safetensors(file):
         tag, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         # PaddleNLP tags bfloat16 as what NumPy holds it in.
         dtype = "bfloat16" if tag == "U16" else _SAFETENSORS_TAGS.get(tag, tag)
-        itemsize = 1 if dtype == "U8" else ARRAY_DTYPES[dtype].itemsize if dtype in ARRAY_DTYPES else None
+        known = ARRAY_DTYPES.get(dtype) or PACKED_DTYPES.get(dtype)
+        itemsize = known.itemsize if known else None
         if itemsize is not None and stop - start != math.prod(shape) * itemsize:
             raise CheckpointError(f"{damaged}: shape and size of {shown(name)} contradict; download or copy it again")
         tensors[name] = contiguous(file, dtype, shape, 8 + length + start)
     return tensors
+
+
+def _itemsize(dtype):
+    return (ARRAY_DTYPES.get(dtype) or PACKED_DTYPES[dtype]).itemsize
 
 
 @dataclass(frozen=True)
@@ -177,12 +182,12 @@ def write_safetensors(directory, tensors, metadata, max_shard_size="5GB", progre
 
 def _write_file(path, tensors, metadata, progress):
     # Wide numbers first, so that each tensor starts at a multiple of its item size, as other writers of the format do.
-    tensors = sorted(tensors, key=lambda tensor: -ARRAY_DTYPES[tensor.dtype].itemsize)
+    tensors = sorted(tensors, key=lambda tensor: -_itemsize(tensor.dtype))
     tags = {dtype: tag for tag, dtype in _SAFETENSORS_TAGS.items()}
     header, offset = {"__metadata__": metadata}, 0
     for tensor in tensors:
         span = [offset, offset + tensor.nbytes]
-        header[tensor.name] = {"dtype": tags[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        header[tensor.name] = {"dtype": tags.get(tensor.dtype, tensor.dtype), "shape": list(tensor.shape), "data_offsets": span}
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)

@@ -15,9 +15,9 @@ from paddlemix.errors import CheckpointError
 # What a tensor of each supported dtype is held in.
 ARRAY_DTYPES = {"float32": np.dtype("<f4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<f2")}
 DTYPES = tuple(ARRAY_DTYPES)
-_BYTES = {"U8": np.dtype("u1")}  # read too, as what other numbers are packed in
+PACKED_DTYPES = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}  # read too: numbers are packed in them
 
-_BLOCK_BYTES = 1 << 18  # a block and its transpose stay in the second-level cache
+_BLOCKPACKED_DTYPES = 1 << 18  # a block and its transpose stay in the second-level cache
 _BLOCK_ROWS = 64  # fewer rows would write less than a cache line at a time when a block is transposed
 
 
@@ -76,6 +76,7 @@ class StoredTensor:
     shape: tuple
     read: Callable[[int, int], np.ndarray]
     block_rows: int
+    offset: int | None = None  # of the first byte in the file, where all lie in a row
 
     def blocks(self):
         """Yield ``(start, stop, rows)`` over the whole tensor."""
@@ -96,7 +97,7 @@ def blocks(rows, block_rows):
 
 def rows_per_block(shape, itemsize):
     """How many rows of a tensor of ``shape`` to handle at a time."""
-    return max(_BLOCK_ROWS, _BLOCK_BYTES // max(1, math.prod(shape[1:]) * itemsize))
+    return max(_BLOCK_ROWS, _BLOCKPACKED_DTYPES // max(1, math.prod(shape[1:]) * itemsize))
 
 
 def pread(file, offset, shape, dtype):
@@ -115,14 +116,14 @@ def pread(file, offset, shape, dtype):
 
 def contiguous(file, dtype, shape, offset):
     """A :class:`StoredTensor` whose rows lie one after the other from ``offset`` on."""
-    array_dtype = ARRAY_DTYPES.get(dtype) or _BYTES.get(dtype)
+    array_dtype = ARRAY_DTYPES.get(dtype) or PACKED_DTYPES.get(dtype)
     itemsize = array_dtype.itemsize if array_dtype else 1
 
     def read(start, stop):
         row = math.prod(shape[1:]) * itemsize
         return pread(file, offset + start * row, (stop - start, *shape[1:]), array_dtype)
 
-    return StoredTensor(dtype, shape, read, rows_per_block(shape, itemsize))
+    return StoredTensor(dtype, shape, read, rows_per_block(shape, itemsize), offset)
 
 
 def name_some(names, most=5):

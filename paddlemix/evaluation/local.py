@@ -1,6 +1,5 @@
 """Models on this machine that answer questions: InternVL's many at a time, others in batches."""
 
-import inspect
 from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
@@ -34,9 +33,10 @@ def load_model(settings, number=0):
     if str(read_json(Path(directory) / "config.json").get("model_type")).startswith("llava"):
         from paddlemix.models import internvl_llava
 
-        if settings.adapters or settings.scales or settings.weight_dtype:
+        if settings.adapters or settings.scales:
             raise ConfigError(f"{directory} is an InternVL-Chat-LLaVA model: it is evaluated with its own weights alone")
-        model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype)
+        weights = {"weight_dtype": settings.weight_dtype, "quantize_parts": settings.quantize_parts}
+        model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype, **weights)
         return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
     from paddlemix.models.internvl2 import load_tokenizer
 
@@ -63,9 +63,7 @@ def _internvl(directory, settings):
     if settings.scales:
         from paddlemix.models.minimonkey import MiniMonkeyChatModel as kind
     if settings.weight_dtype:
-        if "weight_dtype" not in inspect.signature(kind.from_pretrained).parameters:
-            raise ConfigError("--load_8bit is not available in this version: leave it out")
-        more["weight_dtype"] = settings.weight_dtype
+        more = {"weight_dtype": settings.weight_dtype, "quantize_parts": settings.quantize_parts}
     if not settings.adapters:
         return kind.from_pretrained(directory, dtype=settings.dtype, **more)
     if more:

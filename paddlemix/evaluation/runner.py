@@ -46,6 +46,7 @@ class Settings:
     num_beams: int = 1
     adapters: tuple = ()
     weight_dtype: str | None = None
+    quantize_parts: str | None = None
     scales: str | None = None
     ray: str | None = None
 
@@ -154,6 +155,7 @@ def _known(task, settings, found, digest):
         "adapters": [model_digest(folder) for folder in settings.adapters],
         "dtype": settings.dtype,
         "weight_dtype": settings.weight_dtype,
+        **({"quantize_parts": settings.quantize_parts} if settings.quantize_parts else {}),
         "dynamic": settings.dynamic,
         "max_num": settings.max_num or task.max_num,
         "scales": settings.scales,

@@ -33,8 +33,13 @@ __all__ = [
     "timed",
 ]  # fmt: skip
 
-SOURCE = Path(__file__).with_name("cpu.cc")
-FLAGS = "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "quantised.cc")]
+HEADERS = [Path(__file__).with_name("common.h")]
+FLAGS = "-std=c++17 -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
+# PADDLEMIX_CPU=avx2 leaves out what newer processors have, to see what older ones would do.
+AVX2_ONLY = os.environ.get("PADDLEMIX_CPU", "").lower() == "avx2"
+if AVX2_ONLY:
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")  # read by oneDNN when it first computes
 DTYPES = {"bfloat16": 2, "float32": 3}  # dnnl_data_type_t
 ACTIVATIONS = {None: 0, "gelu_tanh": 43, "silu": 44, "gelu": 49}  # dnnl_alg_kind_t
 
@@ -45,6 +50,9 @@ _SIGNATURES = {
     "mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "norm_run": [_pointer, *[_long] * 3, _pointer, _pointer, _float, _pointer],
     "attention_run": [_pointer, _int, _int],
+    "quantised_linear_run": [_pointer, _pointer, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
+    "quantised_mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
+    "quantise_run": [_pointer, _int, *[_long] * 4, *[_pointer] * 4],
     "rotate_run": [*[_pointer] * 3, *[_long] * 8, _int, _pointer, _pointer, _float, *[_pointer] * 3],
 }
 _threads = 0
@@ -96,7 +104,12 @@ def _cpu_flags():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return frozenset()
-    return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    flags = frozenset(next((line for line in lines if line.startswith("flags")), "").split())
+    return frozenset(flag for flag in flags if not flag.startswith(("avx512", "amx", "avx_vnni"))) if AVX2_ONLY else flags
+
+
+def _flags():
+    return [*FLAGS, *(["-march=x86-64-v3"] if AVX2_ONLY else ["-march=native"])]
 
 
 def _target():
@@ -108,7 +121,8 @@ def _target():
     if compiler is None:
         raise Unavailable("there is no C++ compiler: install g++, or set CXX")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = "\n".join([SOURCE.read_text(), version, *sorted(_cpu_flags()), paddle.__version__, *FLAGS])
+    sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
+    key = "\n".join([*sources, version, *sorted(_cpu_flags()), paddle.__version__, *_flags()])
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix"
     return compiler, libraries, cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
@@ -135,19 +149,27 @@ def _build(compiler, libraries, target):
     """Compile the library. The file gets its digest as its last bytes, and its name when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        module, built = Path(folder, "cpu.o"), Path(folder, "cpu.so")
-        for command in (
-            [compiler, *FLAGS, "-c", SOURCE, "-o", module],
-            # Without -fopenmp: it would add libgomp, a second set of threads beside the libiomp5 that Paddle runs on.
-            [compiler, "-shared", module, "-o", built, *libraries],
-        ):
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise Unavailable(f"{compiler} failed: {said[0]}")
+        modules, built = [Path(folder, source.stem + ".o") for source in SOURCES], Path(folder, "cpu.so")
+        _run_all([compiler, *_flags(), "-c", source, "-o", module] for source, module in zip(SOURCES, modules))
+        # Without -fopenmp: it would add libgomp, a second set of threads beside the libiomp5 that Paddle runs on.
+        _run_all([[compiler, "-shared", *modules, "-o", built, *libraries]])
         content = built.read_bytes()
         built.write_bytes(content + hashlib.sha256(content).digest())
         built.replace(target)  # who builds at the same time has a folder of its own, and puts the same file there
+
+
+def _run_all(commands):
+    """Run commands of a compiler at once.
+
+    Raises:
+        Unavailable: one fails, with what it says first.
+    """
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    running = [subprocess.Popen(command, **options) for command in commands]
+    for process, said in [(process, process.communicate()[1]) for process in running]:
+        if process.returncode:
+            first = said.strip().splitlines() or [f"exit code {process.returncode}"]
+            raise Unavailable(f"{process.args[0]} failed: {first[0]}")
 
 
 @functools.cache
@@ -331,7 +353,8 @@ def mlp(x, up, down, gate=None, norm=None, activation="gelu", residual=None):
 
     Args:
         x: ``[..., in]`` float32.
-        up, gate, down: :class:`PackedLinear` of one dtype, ``in -> hidden``, ``in -> hidden``, ``hidden -> out``.
+        up, gate, down: :class:`PackedLinear` of one dtype, or :class:`~.quantised.QuantisedLinear`, ``in -> hidden``,
+            ``in -> hidden``, ``hidden -> out``.
         norm: :class:`Norm` to apply to ``x`` first.
         activation: ``gelu``, ``gelu_tanh``, ``silu`` or None.
         residual: ``[..., out]`` float32 to add last.
@@ -339,6 +362,10 @@ def mlp(x, up, down, gate=None, norm=None, activation="gelu", residual=None):
     Returns:
         ``[..., out]`` float32.
     """
+    if not isinstance(down, PackedLinear):
+        from .quantised import mlp as quantised_mlp  # needs this module
+
+        return quantised_mlp(x, up, down, gate, norm, activation, residual)
     x, residual, rows, out = _prepare(x, up.in_features, down.out_features, residual)
     expected = (up.in_features, down.in_features, down.dtype)
     if any((part.in_features, part.out_features, part.dtype) != expected for part in (up, gate or up)):

@@ -74,8 +74,8 @@ def settings_of(args, digest):
     from paddlemix.checkpoints.files import model_digest
     from paddlemix.checkpoints.hub import resolve
 
-    names = ("dtype", "max_num", "num_segments", "max_model_len", "max_images", "seed", "load_8bit", "load_4bit", "thinking")
-    names += ("minimonkey", "no_scm", "tiling")
+    names = "dtype max_num num_segments max_model_len max_images seed load_8bit load_4bit quantize_parts thinking".split()
+    names += ["minimonkey", "no_scm", "tiling"]
     adapters = {name: model_digest(folder) for name, folder in args.lora_modules}
     return {
         "requests": digest,

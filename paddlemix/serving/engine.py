@@ -162,10 +162,14 @@ class Engine:
             self.summary = f"embeddings of {self.family.width} numbers: {count / 1e6:.1f} million parameters"
             return
         engine = args.engine
+        if args.lora_modules and (args.load_8bit or args.load_4bit):
+            raise ConfigError("--lora_modules needs plain weights: leave out --load_8bit and --load_4bit")
         if args.lora_modules and engine == "inference":
             raise ConfigError("--lora_modules needs plain weights: use --engine eager")
         self.family.load("eager" if args.lora_modules else engine)
         model, self.tokenizer = self.family.model, self.family.tokenizer
+        if args.lora_modules and model.quantised_layers:
+            raise ConfigError("--lora_modules needs plain weights, but the files have them in few bits: take the original")
         self._vision_adapters = []
         for name, folder in args.lora_modules:
             if attach_adapter(model, name, folder):
@@ -198,6 +202,7 @@ class Engine:
         )  # fmt: skip
         longest = self.loop.longest
         weights = sum(p.size * p.element_size() for p in model.parameters())
+        weights += sum(layer.quantised.nbytes for layer in model.quantised_layers.values())
         at_once = min(args.max_num_seqs, max(1, self.loop.positions // longest))
         self.summary = (
             f"weights: {_size(weights)} ({count_parameters(model) / 1e6:.1f} million plain parameters), "

@@ -1,9 +1,9 @@
 """Families of checkpoints that answer: how each is loaded, reads pictures, and makes prompts of them."""
 
 import functools
-import inspect
 from pathlib import Path
 
+from paddlemix.commands import weight_options
 from paddlemix.errors import ConfigError
 from paddlemix.files import read_json
 
@@ -35,12 +35,8 @@ class InternVL2:
             UserError: they cannot be loaded so.
         """
         model, load_tokenizer = self._parts()
-        args, more = self.args, {}
-        if args.load_8bit or args.load_4bit:
-            if "weight_dtype" not in inspect.signature(model.from_pretrained).parameters:
-                raise ConfigError("--load_8bit and --load_4bit are not available for this model: leave them out")
-            more["weight_dtype"] = "int8" if args.load_8bit else "int4"
-        self.model = model.from_pretrained(self.directory, dtype=args.dtype, engine=engine, **more)
+        args = self.args
+        self.model = model.from_pretrained(self.directory, dtype=args.dtype, engine=engine, **weight_options(args))
         self.tokenizer = load_tokenizer(self.directory)
         self.model.set_tokenizer(self.tokenizer)
         self.model.eval()

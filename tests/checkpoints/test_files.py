@@ -328,18 +328,18 @@ def test_broken_paddle_pickles(tmp_path):
 @pytest.mark.parametrize("sign", ["config", "part", "tensor"])
 def test_quantised_checkpoints_are_named(tmp_path, sign):
     """Also where the names and shapes of what is in them fit."""
-    folder = tmp_path / "awq"
+    folder = tmp_path / "few_bits"
     shutil.copytree(REFERENCE / "qwen2" / "checkpoint", folder)
     config = json.loads((folder / "config.json").read_text())
-    told = "quantization_config of method awq"
+    told = "quantization_config of method bitsandbytes"
     if sign == "tensor":
         from safetensors.numpy import save_file
 
-        weights = {"language_model.model.layers.0.mlp.up_proj.qweight": np.zeros([4, 4], "float32")}
+        weights = {"language_model.model.layers.0.mlp.up_proj.SCB": np.zeros([4, 4], "float32")}
         save_file(weights, folder / "model.safetensors")
-        told = "it has language_model.model.layers.0.mlp.up_proj.qweight"
+        told = "it has language_model.model.layers.0.mlp.up_proj.SCB"
     else:
-        (config if sign == "config" else config["llm_config"])["quantization_config"] = {"quant_method": "awq", "bits": 4}
+        (config if sign == "config" else config["llm_config"])["quantization_config"] = {"quant_method": "bitsandbytes"}
         (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=f"quantised checkpoint.*{told}.*original"):
         InternVLChatModel.from_pretrained(str(folder))

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import paddlemix
-from paddlemix.commands import Parser
+from paddlemix.commands import Parser, add_weight_flags, weight_options
 from paddlemix.errors import PromptError, UserError
 from paddlemix.serving.flags import add_form_flags, form_of
 
@@ -38,6 +38,7 @@ def make_parser(description):
         choices=["auto", "eager", "inference"],
         help="eager: plain Paddle; inference: fused CPU kernels, compiled on first use (default: auto, the faster one)",
     )
+    add_weight_flags(model)
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
     answer.add_argument("--min_new_tokens", type=int, default=0, help="shortest answer in tokens (default: 0)")
@@ -120,7 +121,7 @@ def load_session(args):
     from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
 
     directory = prepare(args)
-    model = InternVLChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine)
+    model = InternVLChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine, **weight_options(args))
     return ChatSession(model, load_tokenizer(directory), system_message=args.system_message, thinking=args.thinking)
 
 

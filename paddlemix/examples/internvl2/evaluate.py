@@ -11,7 +11,7 @@ of all tasks. The same command goes on where one was interrupted. docs/evaluatio
 import argparse
 import sys
 
-from paddlemix.commands import Parser
+from paddlemix.commands import Parser, add_weight_flags, weight_options
 from paddlemix.errors import UserError, command_main
 from paddlemix.examples.internvl2 import cli
 
@@ -33,8 +33,7 @@ def make_parser():
     add("--adapter", nargs="+", default=[], metavar="DIR", help="LoRA adapters to add to its weights, in PEFT's form")
     add("--device", default="auto", help="auto, cpu, gpu, npu or another Paddle device (default: auto)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights (default: auto)")
-    add("--load_8bit", "--load_in_8bit", action="store_true", help="weights in 8 bit")
-    add("--load_4bit", "--load_in_4bit", action="store_true", help="weights in 4 bit")
+    add_weight_flags(parser)
     add("--minimonkey", action="store_true", help="it is a Mini-Monkey: pictures at two scales, of which it drops tokens")
     add("--no_scm", action="store_true", help="with --minimonkey: keep all tokens, so that many are answered at once")
     add("--url", default=None, help="ask an OpenAI-compatible server in place of a local model")
@@ -71,8 +70,6 @@ def _settled(parser, args):
             parser.error(f"--{name} is {value}: it must be at least 1")
     if bool(args.judge_url) != bool(args.judge_model):
         parser.error("--judge_url and --judge_model belong together")
-    if args.load_8bit and args.load_4bit:
-        parser.error("--load_8bit and --load_4bit exclude each other: leave one out")
     if args.no_scm and not args.minimonkey:
         parser.error("--no_scm belongs to --minimonkey")
     if args.url and (args.ray or args.processes > 1):
@@ -112,7 +109,7 @@ def _settings(args, directory):
         processes=1 if args.auto else args.processes,
         num_beams=1 if args.dynamic else args.num_beams,
         adapters=tuple(str(resolve(folder)) for folder in args.adapter),
-        weight_dtype="int8" if args.load_8bit else "int4" if args.load_4bit else None,
+        **weight_options(args),
         scales=("plain" if args.no_scm else "scm") if args.minimonkey else None,
         **{name: getattr(args, name) for name in names},
     )

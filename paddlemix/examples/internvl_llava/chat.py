@@ -11,7 +11,7 @@ The picture goes with the first question; an empty line, or the end of the input
 import argparse
 import sys
 
-from paddlemix.commands import Parser
+from paddlemix.commands import Parser, add_weight_flags, weight_options
 from paddlemix.errors import UserError, command_main
 from paddlemix.examples.internvl2 import cli
 
@@ -38,8 +38,7 @@ def make_parser():
     parser.add_argument("--max-new-tokens", type=int, default=512, help="longest answer in tokens (default: %(default)s)")
     cli.add_beam_flags(parser)
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
-    parser.add_argument("--load-8bit", action="store_true", help="weights of 8 bits")
-    parser.add_argument("--load-4bit", action="store_true", help="weights of 4 bits")
+    add_weight_flags(parser)
     parser.add_argument(
         "--image-aspect-ratio",
         default="pad",
@@ -54,8 +53,6 @@ def make_parser():
 def main(argv=None):
     """Parse the command line and talk."""
     args = make_parser().parse_args(argv)
-    if args.load_8bit or args.load_4bit:
-        raise UserError("weights of 8 and 4 bits are not supported for these models yet: leave the flag out")
 
     from paddlemix import device
     from paddlemix.models.internvl_llava import LlavaForCausalLM, load_tokenizer, process_images
@@ -70,7 +67,7 @@ def main(argv=None):
     sources = [] if args.image_file is None else cli.sources([args.image_file], "--image-file", interactive=True)
     pictures = [open_image(source, **cli.look(args)) for source in sources]  # before the model takes its time
     model = LlavaForCausalLM.from_pretrained(
-        args.model_path, args.model_base, args.vision_tower, dtype=args.dtype, engine=args.engine
+        args.model_path, args.model_base, args.vision_tower, dtype=args.dtype, engine=args.engine, **weight_options(args)
     )
     session, _ = model.session(load_tokenizer(args.model_path, args.model_base), template=template)
     pixels = process_images(pictures, model.image_size, args.image_aspect_ratio) if pictures else None

@@ -6,6 +6,7 @@
       --image_path page.png --text "Read the all text in the image."
 """
 
+from paddlemix.commands import weight_options
 from paddlemix.errors import PromptError, command_main
 from paddlemix.examples.internvl2 import cli
 
@@ -44,7 +45,8 @@ def main():
         from paddlemix.tokenizers import load_tokenizer
 
         directory = cli.prepare(args)
-        model = MiniMonkeyChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine)
+        options = weight_options(args)
+        model = MiniMonkeyChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine, **options)
         session = MiniMonkeySession(model, load_tokenizer(directory), None, args.scm, system_message=args.system_message)
         return session
 

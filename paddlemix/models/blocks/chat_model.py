@@ -14,7 +14,7 @@ from paddle import nn
 
 from paddlemix.arrays import host_array
 from paddlemix.checkpoints.checkpoint import save_checkpoint, save_packed
-from paddlemix.errors import PromptError
+from paddlemix.errors import ConfigError, PromptError
 
 from .experts import balance_loss
 from .generation import GenerationConfig, generate_tokens
@@ -43,6 +43,7 @@ class ChatModel(nn.Layer):
     routes = False  # whether tiles may take a form of fewer tokens, by what else is in the prompt
     packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
     _remembered = None  # outputs of a frozen tower by the pixels' identity
+    quantised_layers = {}  # those with weights in few bits, by parameter
     source = None  # the Checkpoint that the weights were loaded from
 
     def __init__(self, config, projector):
@@ -53,6 +54,16 @@ class ChatModel(nn.Layer):
         self.language_model = LanguageModel(config.llm_config)
         add_adapters(self)  # where the configuration says that the checkpoint has some
         self.img_context_token_id = None  # what stands for a picture's feature
+
+    def train(self):
+        """Go over to training.
+
+        Raises:
+            ConfigError: weights are in 8 or 4 bits.
+        """
+        if self.quantised_layers:
+            raise ConfigError("weights in 8 or 4 bits cannot be trained: load the original checkpoint, without weight_dtype")
+        super().train()
 
     def save_pretrained(self, directory, layout="torch", max_shard_size="5GB"):
         """Write configuration and weights, in the dtype that they were loaded from if it holds them exactly.

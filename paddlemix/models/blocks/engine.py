@@ -14,9 +14,11 @@ from paddle.nn import functional as F
 from paddlemix import device
 from paddlemix.errors import DeviceError
 from paddlemix.kernels import cpu as kernels
+from paddlemix.kernels import quantised as quantised_kernels
 
 from .experts import run_experts
 from .language import TiedHead
+from .quantising import QuantisedEmbedding, QuantisedLinear
 
 ENGINES = ("auto", "eager", "inference")
 
@@ -90,7 +92,8 @@ def fuse(model, dtype):
         if hasattr(model, name):
             getattr(model, name).to(dtype="float32")
     language.lm_head = _Linear(language.lm_head, dtype)  # may be the embedding, which is then there twice: packed and not
-    language.model.embed_tokens = _Embedding(language.model.embed_tokens)
+    if not isinstance(language.model.embed_tokens, QuantisedEmbedding):
+        language.model.embed_tokens = _Embedding(language.model.embed_tokens)
     language.model.norm = _Norm(language.model.norm)
     language.cache_dtype = dtype  # attention rounds keys and values to it anyway
     model.packed, model.source = True, None  # who knows where the weights came from says so again
@@ -108,6 +111,8 @@ def _norm(layer):
 
 def _pack(layer, dtype, scale=None, columns=None):
     """Weights of a linear layer for the kernels; ``scale [out]`` is multiplied in; of ``columns``, a slice, alone if given."""
+    if isinstance(layer, QuantisedLinear):
+        return _pack_quantised(layer, dtype, scale, columns)
     weight, bias = layer.weight, layer.bias
     if columns is not None:
         weight, bias = weight[:, columns], None if bias is None else bias[columns]
@@ -116,6 +121,16 @@ def _pack(layer, dtype, scale=None, columns=None):
         scale = scale.astype("float32")
         weight, bias = weight.astype("float32") * scale, bias * scale
     return kernels.PackedLinear(weight, bias, dtype)
+
+
+def _pack_quantised(layer, dtype, scale, columns):
+    weight, bias = layer.quantised, None if layer.bias is None else layer.bias.astype("float32").numpy()
+    if columns is not None:
+        weight, bias = weight.rows(columns), None if bias is None else bias[columns]
+    if scale is not None:
+        scale = scale.astype("float32").numpy()
+        weight, bias = weight.scaled(scale), None if bias is None else bias * scale
+    return quantised_kernels.QuantisedLinear(weight, bias, dtype)
 
 
 class _Norm(nn.Layer):
@@ -262,7 +277,7 @@ class _GatedMLP:
 
     def __init__(self, layer, dtype):
         product, self.limit = layer.gate_up_proj, layer.limit
-        hidden = product.weight.shape[1] // 2
+        hidden = (product.out_features if isinstance(product, QuantisedLinear) else product.weight.shape[1]) // 2
         # gpt-oss has gate and up in turn.
         gate, up = (slice(0, hidden), slice(hidden, None)) if self.limit is None else (slice(0, None, 2), slice(1, None, 2))
         self.gate, self.up = (_pack(product, dtype, columns=columns) for columns in (gate, up))

@@ -3,7 +3,7 @@
 import numpy as np
 import paddle
 
-from paddlemix.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from paddlemix.checkpoints.checkpoint import Checkpoint
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.errors import ConfigError, PromptError
 from paddlemix.models.blocks.chat import ChatSession, batch_chat
@@ -14,6 +14,7 @@ from paddlemix.models.blocks.layers import count_parameters
 from paddlemix.models.blocks.lora import merge_lora
 from paddlemix.models.blocks.losses import CausalLMOutput, causal_loss, chunked_causal_loss
 from paddlemix.models.blocks.projector import Projector, pixel_shuffle
+from paddlemix.models.blocks.quantising import load_quantised
 from paddlemix.models.blocks.router import CompactProjector, Gate, Pooling, RoutedTiles, decide
 
 from .configuration import InternVLChatConfig
@@ -44,7 +45,7 @@ class InternVLChatModel(ChatModel):
     # ------------------------------------------------------------------ weights
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype="auto", engine="auto", keep=None):
+    def from_pretrained(cls, name_or_path, dtype="auto", engine="auto", keep=None, weight_dtype=None, quantize_parts=None):
         """Load a published checkpoint, or one that was saved here.
 
         Args:
@@ -52,6 +53,8 @@ class InternVLChatModel(ChatModel):
             dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto`` for what the device in use computes best in.
             engine: ``eager`` for plain Paddle, ``inference`` for the fused CPU kernels of :mod:`~.engine`, or ``auto``.
             keep: see :func:`~.checkpoint.load_checkpoint`.
+            weight_dtype: ``int8`` or ``int4`` for weights in fewer bits, None for those of the files.
+            quantize_parts: which parts have them, of ``language``, ``projector`` and ``vision``; None for the first two.
 
         Raises:
             ConfigError, CheckpointError: the directory does not hold a complete checkpoint of a supported model.
@@ -62,7 +65,7 @@ class InternVLChatModel(ChatModel):
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
             model = cls(config)
         engine, dtype = choose(engine, dtype, count_parameters(model))
-        load_checkpoint(model, source, dtype, keep)
+        load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts)
         model.eval()
         if engine == "inference":
             merge_lora(model)

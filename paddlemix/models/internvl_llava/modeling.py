@@ -16,6 +16,7 @@ from paddlemix.models.blocks.engine import choose, fuse
 from paddlemix.models.blocks.layers import count_parameters
 from paddlemix.models.blocks.lora import merge_lora, peft_scales
 from paddlemix.models.blocks.projector import MLPProjector
+from paddlemix.models.blocks.quantising import check_choice, quantise_model
 
 from . import checkpoint as files
 from .configuration import LlavaConfig
@@ -39,7 +40,16 @@ class LlavaForCausalLM(ChatModel):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path, model_base=None, vision_tower=None, dtype="float32", engine="auto", keep=None, merge=True
+        cls,
+        name_or_path,
+        model_base=None,
+        vision_tower=None,
+        dtype="float32",
+        engine="auto",
+        keep=None,
+        merge=True,
+        weight_dtype=None,
+        quantize_parts=None,
     ):
         """Load a checkpoint in any of its three forms.
 
@@ -51,12 +61,14 @@ class LlavaForCausalLM(ChatModel):
             engine: ``eager``, ``inference`` or ``auto``; see :mod:`~paddlemix.models.blocks.engine`.
             keep: see :func:`~paddlemix.checkpoints.checkpoint.load_checkpoint`.
             merge: whether adapters become part of the weights.
+            weight_dtype, quantize_parts: as of :meth:`~paddlemix.models.internvl2.InternVLChatModel.from_pretrained`.
 
         Raises:
             ConfigError, CheckpointError: files are missing or damaged, or do not belong together.
         """
         directory = resolve(name_or_path)
         config = LlavaConfig.from_pretrained(directory)
+        check_choice(weight_dtype, quantize_parts)
         form = files.form_of(directory)
         base = None if model_base is None else resolve(model_base)
         if not form.whole and base is None:
@@ -94,8 +106,11 @@ class LlavaForCausalLM(ChatModel):
         if rows is not None:
             grow_vocabulary(model, config.llm_config.vocab_size)
         model.eval()
-        if engine == "inference":
+        if engine == "inference" or weight_dtype is not None:
             merge_lora(model)
+        if weight_dtype is not None:
+            quantise_model(model, weight_dtype, quantize_parts)
+        if engine == "inference":
             fuse(model, dtype)
         return model
 
