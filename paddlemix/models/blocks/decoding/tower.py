@@ -129,7 +129,7 @@ class Tower:
                 if isinstance(feature, RoutedTiles):
                     self._kept[key] = RoutedTiles.joined(parts)
                 else:
-                    self._kept[key] = paddle.concat(parts) if len(parts) > 1 else feature.clone()
+                    self._kept[key] = paddle.concat(parts)  # of one part too: it is a part of a larger tensor
                 self._bytes += _bytes(self._kept[key])
         self._shrink()
 
