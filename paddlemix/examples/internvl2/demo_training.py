@@ -41,8 +41,8 @@ def run_training(command, processes=1, **environment):
         raise UserError(f"training failed: see above; to run it alone: {' '.join(command)}")
 
 
-def run_script(flags, *, model, meta, output_dir, batch, device, processes=1, rows=None):
-    """Fine-tune with the shell script of InternVL2-1B.
+def run_script(flags, *, model, meta, output_dir, batch, device, processes=1, rows=None, script=SCRIPT):
+    """Train with a shell script, by default that of fine-tuning InternVL2-1B.
 
     Args:
         flags: of the trainer, in place of the script's.
@@ -50,9 +50,10 @@ def run_script(flags, *, model, meta, output_dir, batch, device, processes=1, ro
         batch: samples of an update, which ``processes`` share.
         device: where to run.
         rows: samples that a process takes at once; default: all of its share.
+        script: path of the script.
     """
     run_training(
-        ["sh", str(SCRIPT), *flags],
+        ["sh", str(script), *flags],
         processes,
         DEVICE=device,
         GPUS=str(processes),

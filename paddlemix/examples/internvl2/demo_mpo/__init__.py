@@ -1,0 +1,1 @@
+"""A wrong habit of the demo model, lost by preference training."""
