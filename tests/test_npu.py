@@ -255,3 +255,28 @@ def test_internvl_features_captions_and_a_step(npu):
     assert actual["losses"][::2] == pytest.approx(first, rel=1e-4)
     assert actual["losses"] == pytest.approx(found["cpu"]["losses"], rel=1e-5)
     assert actual["losses"][1] < actual["losses"][0] and actual["losses"][3] < actual["losses"][2]
+
+
+def test_minimonkey_answers_with_and_without_compression(npu):
+    expected = json.loads((REFERENCE / "minimonkey" / "expected.json").read_text(encoding="utf-8"))
+    found = {}
+    for name in ("cpu", "npu:0"):
+        stdout, _ = run(["-m", "tests.models.minimonkey.on_device", name], npu)
+        found[name] = json.loads(re.search(r"^@(.*)$", stdout, re.MULTILINE)[1])
+    actual = found["npu:0"]
+    assert actual.pop("places") == ["Place(npu:0)"]
+    assert actual["dropped"] == [chat.get("dropped") if chat["scm"] else None for chat in expected["chats"]]
+    assert actual == {name: found["cpu"][name] for name in actual}  # which test_minimonkey.py compares with the original's
+
+
+def test_steps_of_preference_training(npu):
+    expected = json.loads((REFERENCE / "mpo" / "expected.json").read_text(encoding="utf-8"))
+    stdout, _ = run(["-m", "tests.training.on_device", "npu:0"], npu)
+    actual = json.loads(re.search(r"^@(.*)$", stdout, re.MULTILINE)[1])
+    assert actual["places"] == ["Place(npu:0)"]
+    for found, step in zip(actual["steps"], expected["steps"], strict=True):
+        assert found["loss"] == pytest.approx(step["loss"], rel=1e-4)
+        assert found["rewards/margins"] == pytest.approx(step["rewards/margins"], rel=2e-4)
+        for name, norm in step.get("grad_norms", {}).items():
+            if name in found["grad_norms"]:
+                assert found["grad_norms"][name] == pytest.approx(norm, rel=1e-3), name

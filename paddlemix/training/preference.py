@@ -74,12 +74,12 @@ class PreferenceLoss:
         chosen, rejected, base_chosen, base_rejected = (
             x if isinstance(x, paddle.Tensor) else paddle.to_tensor(np.asarray(x, "float32")) for x in given
         )
-        gain_chosen, gain_rejected = chosen - base_chosen, rejected - base_rejected
+        gain_chosen, gain_rejected = _less(chosen, base_chosen), _less(rejected, base_rejected)
         losses = paddle.zeros_like(gain_chosen)
         for name, weight in self.weights.items():
             if name == "ipo" and lengths is not None:
-                counts = [paddle.to_tensor(np.asarray(count, "float32")) for count in lengths]
-                part = self._ipo(gain_chosen / counts[0], gain_rejected / counts[1])
+                counts = [paddle.to_tensor(1 / np.asarray(count, "float32")) for count in lengths]
+                part = self._ipo(gain_chosen * counts[0], gain_rejected * counts[1])
             else:
                 part = getattr(self, f"_{name}")(gain_chosen, gain_rejected, update)
             losses = losses + weight * part
@@ -87,14 +87,15 @@ class PreferenceLoss:
         return losses, (scale * gain_chosen).detach(), (scale * gain_rejected).detach()
 
     def _sigmoid(self, chosen, rejected, update=True):
-        margin, smoothing = self.beta * (chosen - rejected), self.label_smoothing
-        return -(1 - smoothing) * F.log_sigmoid(margin) - smoothing * F.log_sigmoid(-1 * margin)
+        margin, smoothing = self.beta * _less(chosen, rejected), self.label_smoothing
+        return -(1 - smoothing) * _log_sigmoid(margin) + -smoothing * _log_sigmoid(-1 * margin)
 
     def _hinge(self, chosen, rejected, update=True):
-        return F.relu(1 - self.beta * (chosen - rejected))
+        short = 1 + -self.beta * _less(chosen, rejected)
+        return short * paddle.to_tensor((short.detach().numpy() > 0).astype("float32"))
 
     def _ipo(self, chosen, rejected, update=True):
-        return paddle.square(chosen - rejected - 1 / (2 * self.beta))
+        return paddle.square(_less(chosen, rejected) + -1 / (2 * self.beta))
 
     def _bco_pair(self, chosen, rejected, update=True):
         chosen, rejected = self.beta * chosen, self.beta * rejected
@@ -105,7 +106,7 @@ class PreferenceLoss:
                 self.observations += 1
                 self.running_mean += (float(total) / float(count) - self.running_mean) / self.observations
         delta = self.running_mean
-        return -F.log_sigmoid(chosen - delta) - F.log_sigmoid(-1 * (rejected - delta))
+        return -1 * (_log_sigmoid(chosen + -delta) + _log_sigmoid(-1 * rejected + delta))
 
     def state(self):
         """What a checkpoint keeps."""
@@ -114,6 +115,17 @@ class PreferenceLoss:
     def load_state(self, state):
         """Go on from what :meth:`state` gave."""
         self.running_mean, self.observations = float(state["running_mean"]), int(state["observations"])
+
+
+def _less(one, other):
+    """Their difference, by operators that every device has."""
+    return one + -1 * other
+
+
+def _log_sigmoid(x):
+    """Logarithm of the sigmoid of ``x`` [n], by operators that every device has: x against 0."""
+    against = paddle.concat([x.reshape([-1, 1]), paddle.zeros_like(x).reshape([-1, 1])], axis=1)
+    return F.log_softmax(against, axis=1)[:, 0]
 
 
 class Reference:
@@ -142,7 +154,7 @@ class Reference:
         """Within the block the model is the reference, in evaluation mode and without gradients."""
         own = {}
         for name, parameter in self._parameters.items():  # detach() would follow the parameter to the other values
-            own[name] = paddle.empty([0], parameter.dtype)
+            own[name] = paddle.zeros([0], parameter.dtype)
             parameter._share_buffer_to(own[name])
         self.model.eval()
         try:
@@ -158,7 +170,7 @@ class Reference:
 
 def _copy(value, parameter):
     if isinstance(value, paddle.Tensor):
-        return value.detach().clone()
+        return value.detach() * 1  # a copy, by an operator that every device has
     return paddle.to_tensor(value).astype(parameter.dtype).reshape(parameter.shape)
 
 

@@ -122,32 +122,38 @@ class _One:
         return np.asarray(values, np.float64)
 
 
+def steps(packed=False):
+    """Loss, metrics and gradient norms of the reference's steps, one pair a row or all packed into one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("paddlemix.training.preference.train_mode", lambda model: model.eval())  # as the reference was made
+        model, reference = policy()
+        work = objective(reference)
+        pairs, collator = batch(), PairCollator()
+        data = collator.collate_rows([pairs]) if packed else collator(pairs)
+        learned = [p for p in model.parameters() if not p.stop_gradient]
+        adamw, found = paddle.optimizer.AdamW(5e-4, parameters=learned, weight_decay=0.0), []
+        for _ in EXPECTED["steps"]:
+            loss = work.loss(model, data, work.weights(data))
+            loss.backward()
+            norms = {name: float(p.grad.norm()) for name, p in model.named_parameters() if p.grad is not None}
+            found.append({"loss": float(loss), "grad_norms": norms, **work.metrics(_One)})
+            adamw.step()
+            adamw.clear_grad()
+    return found
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_three_steps(packed, monkeypatch):
-    """Losses, metrics and gradient norms, one pair a row or all packed into one."""
-    monkeypatch.setattr("paddlemix.training.preference.train_mode", lambda model: model.eval())  # as the reference was made
-    model, reference = policy()
-    work = objective(reference)
-    collator = PairCollator()
-    pairs = batch()
-    data = collator.collate_rows([pairs]) if packed else collator(pairs)
-    learned = [p for p in model.parameters() if not p.stop_gradient]
-    adamw = paddle.optimizer.AdamW(5e-4, parameters=learned, weight_decay=0.0)
-    for step in EXPECTED["steps"]:
-        loss = work.loss(model, data, work.weights(data))
-        loss.backward()
-        told = work.metrics(_One)
-        assert float(loss) == pytest.approx(step["loss"], rel=1e-4)
-        for name, value in told.items():
+def test_three_steps(packed):
+    """Losses, metrics and gradient norms."""
+    for found, step in zip(steps(packed), EXPECTED["steps"], strict=True):
+        norms = found.pop("grad_norms")
+        assert found["loss"] == pytest.approx(step["loss"], rel=1e-4)
+        for name, value in found.items():
             if not name.startswith("logits/"):  # which depend on padding in the original
                 assert value == pytest.approx(step[name], rel=2e-4, abs=2e-5), name
-        if "grad_norms" in step:
-            norms = {n: float(p.grad.norm()) for n, p in model.named_parameters() if p.grad is not None}
-            for name in ("mlp1.1.weight", "mlp1.3.weight", "language_model.model.layers.0.mlp.down_proj.weight"):
-                if name in step["grad_norms"]:
-                    assert norms[name] == pytest.approx(step["grad_norms"][name], rel=1e-3), name
-        adamw.step()
-        adamw.clear_grad()
+        for name in ("mlp1.1.weight", "mlp1.3.weight", "language_model.model.layers.0.mlp.down_proj.weight"):
+            if name in step.get("grad_norms", ()):
+                assert norms[name] == pytest.approx(step["grad_norms"][name], rel=1e-3), name
 
 
 def test_reference_is_back_in_its_place():
