@@ -30,6 +30,11 @@ class CausalObjective:
         inputs = {key: value for key, value in batch.items() if key not in ("names", "bad")}
         return model(**inputs).loss * (self.weights(batch)[0] / (totals[0] or 1.0))  # 0: no sample of the step can be used
 
+    def idle(self):
+        """What a process evaluates that has no batch left while others have, where weights are divided over all of them; None
+        where one forward pass of the model is all that a batch takes."""
+        return None
+
     def metrics(self, processes, update=True):
         """Further values for the log, since the last call, of training or (not ``update``) of validation; all call this."""
         return {}

@@ -190,7 +190,7 @@ class PreferenceObjective:
 
     def __init__(self, loss, reference, rpo_alpha=1.0, store=None, validates=False):
         self.preference, self.reference, self.rpo_alpha = loss, reference, rpo_alpha
-        self.store, self.validates, self.known = store, validates, None
+        self.store, self.validates, self.known, self._idle = store, validates, None, None
         self._noted = {True: [], False: []}  # of training and of validation
 
     def weights(self, batch):
@@ -237,15 +237,17 @@ class PreferenceObjective:
 
     def prepare(self, trainer, data):
         """With ``store``: let the reference look at all pairs of the training data, and let go of it."""
-        if self.validates and trainer.weights:
-            raise ConfigError("--sharding stage3 has no --eval_meta_path in preference training: leave one of them out")
+        size = trainer.model.config.image_size
+        self._idle = PairCollator(blank_tile=True, tile_size=size)([])
         if self.store is None:
             return
-        if trainer.weights:
-            raise ConfigError("--precompute_reference is not supported with --sharding stage3 yet: leave one of them out")
         self.known = self.store.fill(self, trainer, data)
         if not self.validates:
             self.reference = None
+
+    def idle(self):
+        """See :meth:`~.objective.CausalObjective.idle`: a batch of no pair, which the reference and the policy look at."""
+        return self._idle
 
     @staticmethod
     def _mean_logits(batch, head, hidden):

@@ -221,6 +221,8 @@ class Trainer:
             (busy,) = self.processes.sum([batch is not None])
             if batch is not None:
                 yield batch
+            elif busy and (idle := self.objective.idle()) is not None:
+                yield idle
             elif busy:
                 self.weights.attend()
             else:

@@ -110,6 +110,23 @@ def test_shards_train_as_single_files_do(tmp_path):
     assert_same(plain, packed, range(1, 4))
 
 
+@pytest.mark.slow
+def test_resuming_within_shards_with_another_number_of_processes(tmp_path):
+    """Two processes stop after two steps, one goes on; the steps are those of one that was never stopped."""
+    texts = [{"conversations": talk(f"number {i}?", "ab " * (3 * i % 17 + 1))} for i in range(20)]
+    pack(tmp_path / "0.tar", [group(f"a{i}", i % 4) for i in range(6)])
+    for number in (1, 2):
+        pack(tmp_path / f"{number}.tar", [group(f"t{i}", record=texts[i]) for i in range(number - 1, 20, 2)])
+    (tmp_path / "shards.json").write_text(json.dumps({"set": {"shards": str(tmp_path / "{0..2}.tar")}}))
+    meta = ("--meta_path", tmp_path / "shards.json", "--per_device_train_batch_size", 1, "--max_steps", 4)
+    one = run(tmp_path, *meta, "--gradient_accumulation_steps", 2, output="one")
+    two = run(tmp_path, *meta, "--gradient_accumulation_steps", 1, "--devices", 2, output="two")
+    assert_same(one, two, range(1, 5))
+    (tmp_path / "then_one").mkdir()
+    shutil.copytree(tmp_path / "two" / "checkpoint-2", tmp_path / "then_one" / "checkpoint-2")
+    assert_same(run(tmp_path, *meta, "--gradient_accumulation_steps", 2, output="then_one"), one, range(3, 5))
+
+
 def test_plan(tmp_path, capsys):
     write_meta(tmp_path, RECORDS)
     command.main([*map(str, flags(tmp_path, *PACKED)), "--dry_run"])
