@@ -1,6 +1,7 @@
 # make demo             install, then ask the bundled model about a drawn scene, and about a photograph
 # make demo-video       the same about a clip
 # make demo-llava       both stages of LLaVA at toy size on drawn scenes, minutes of a CPU
+# make demo-mpo         the demo model loses a wrong habit by preference training, minutes of a CPU
 # make test             install, then run the tests; make test-fast the quickest of them, make test-slow those that take long,
 #                       make soak what goes on for SOAK_SECONDS each, make test-npu those that need g++
 # make web              a web page at http://127.0.0.1:7860/ that asks the server at URL (by default that of `paddlemix serve`)
@@ -18,7 +19,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: llama web web-install demo demo-video install test test-fast test-slow test-npu soak wheel lint format clean
+.PHONY: llama web web-install demo demo-video demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -32,6 +33,9 @@ demo-video: install
 
 demo-llava: install
 	$(BIN)/python paddlemix/examples/internvl_llava/demo/run.py --device $(DEVICE)
+
+demo-mpo: install
+	$(BIN)/python paddlemix/examples/internvl2/demo_mpo/run.py --device $(DEVICE)
 
 install: $(STAMP)
 
