@@ -3,7 +3,8 @@
 # make demo-llava       both stages of LLaVA at toy size on drawn scenes, minutes of a CPU
 # make demo-mpo         the demo model loses a wrong habit by preference training, minutes of a CPU
 # make test             install, then run the tests; make test-fast the quickest of them, make test-slow those that take long,
-#                       make soak what goes on for SOAK_SECONDS each, make test-npu those that need g++
+#                       make soak what goes on for SOAK_SECONDS each, make test-npu those that need g++,
+#                       make test-transformers those that compare with transformers and torch themselves
 # make web              a web page at http://127.0.0.1:7860/ that asks the server at URL (by default that of `paddlemix serve`)
 # make wheel            the package in dist/
 # make demo DEVICE=gpu  the same with the GPU build of Paddle (CUDA 12.6); DEVICE=npu for Ascend 910B
@@ -19,7 +20,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: llama web web-install demo demo-video demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean
+.PHONY: llama web web-install demo demo-video demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean test-transformers
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -86,6 +87,19 @@ web-install: $(VENV)/web/.installed
 $(VENV)/web/.installed:
 	$(PYTHON) -m venv $(VENV)/web
 	$(VENV)/web/bin/pip install --disable-pip-version-check -q gradio==6.31.0 openai==3.57.0
+	@touch $@
+
+# transformers loads what `--layout hf` writes: in an environment with torch's CPU build beside the package's own pins. Where the
+# registry has no such build of the version that the extra bench names, TORCH_INDEX=https://download.pytorch.org/whl/cpu has.
+TORCH_INDEX ?=
+TRANSFORMERS := torch==2.13.0 'transformers>=4.57,<5'
+test-transformers: $(VENV)/transformers/.installed
+	PYTHONPATH=$(CURDIR) $(VENV)/transformers/bin/python -m pytest tests/models/internvl2/test_transformers.py
+
+$(VENV)/transformers/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)/transformers
+	$(VENV)/transformers/bin/pip install --disable-pip-version-check -q torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VENV)/transformers/bin/pip install --disable-pip-version-check -q -r requirements.txt pytest==8.4.2 $(TRANSFORMERS)
 	@touch $@
 
 # llama.cpp's server, which benchmarks/serving.py can measure beside ours; built here with g++.

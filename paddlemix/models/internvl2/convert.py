@@ -83,6 +83,7 @@ def _to_hf(source, target, config):
     kind = own.get("tokenizer_class")
     if kind in hf.TOKENIZERS:  # transformers has no class of that name
         names["tokenizer_class"], names[hf.TOKENIZER_CLASS] = hf.TOKENIZERS[kind], kind
+        names["legacy"] = False  # as the original: no space of its own where text follows a special token
         own.pop("auto_map", None)
     files["tokenizer_config.json"] = own | names
     replaced = {}
@@ -118,7 +119,8 @@ def _from_hf(source, target, config):
     if os.path.exists(path):
         own = read_json(path)
         kind = own.pop(hf.TOKENIZER_CLASS, None)
-        own = {k: v for k, v in own.items() if k not in (*hf.TOKEN_NAMES, "extra_special_tokens", "processor_class")}
+        added = {*hf.TOKEN_NAMES, "extra_special_tokens", "processor_class", *(["legacy"] if kind else [])}
+        own = {k: v for k, v in own.items() if k not in added}
         _write(path, own | ({"tokenizer_class": kind} if kind else {}))
 
 
