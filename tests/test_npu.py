@@ -280,3 +280,17 @@ def test_steps_of_preference_training(npu):
         for name, norm in step.get("grad_norms", {}).items():
             if name in found["grad_norms"]:
                 assert found["grad_norms"][name] == pytest.approx(norm, rel=1e-3), name
+def test_internvl3_answers_and_learns(npu):
+    """Experts, sinks, sliding windows, tied embeddings, the router of tiles: answers and steps are the original's."""
+    from tests.models.internvl2.on_device import CHATS, STEPS
+
+    stdout, _ = run(["-m", "tests.models.internvl2.on_device", "npu:0"], npu)
+    found = json.loads(re.search(r"^@(.*)$", stdout, re.MULTILINE)[1])
+    assert tuple(found) == CHATS
+    for family, actual in found.items():
+        expected = json.loads((REFERENCE / "internvl3" / family / "expected.json").read_text(encoding="utf-8"))
+        assert actual["places"] == ["Place(npu:0)"]
+        assert actual["answers"] == {chat["label"]: chat["response"] for chat in expected["chats"][:3]}
+        if "losses" in actual:
+            assert np.allclose(actual["losses"], expected["train"]["adamw"]["losses"][:STEPS], rtol=3e-4)
+    assert sum("losses" in actual for actual in found.values()) >= 4

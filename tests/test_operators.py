@@ -16,16 +16,18 @@ from paddle.amp import debugging
 from paddle.base import core
 
 from paddlemix.doctor.device_check import cases
+from paddlemix.models.blocks import experts
 from paddlemix.models.blocks.vision import bicubic_weights
 from paddlemix.models.internvl2 import ChatSession, InternVLChatModel
 from paddlemix.training.arguments import PreTrainingArguments
 from paddlemix.training.optimizer import Optimizer
 from tests.conftest import FAMILIES, assert_close, load_reference, tiles
+from tests.models.internvl2 import test_internvl3 as internvl3
 
 ALLOWED = Path(__file__).parents[1] / "tools" / "npu" / "operators.txt"
 DTYPES = {"float64": "bfloat16", "float32": "float32"}
-# Constants, and the sum of gradients that eager mode adds one by one.
-_STATIC_ONLY = {"assign_value", "full_int_array", "add_n"}
+# Constants, the sum of gradients that eager mode adds one by one, and detach(), which does nothing there.
+_STATIC_ONLY = {"assign_value", "full_int_array", "add_n", "share_data"}
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +192,55 @@ def test_gradients(family, shape):
     found = programmed(build)
     assert not (bad := forbidden(found)), report(bad)
     assert {("matmul_grad", "bfloat16"), ("softmax_grad", "float32"), ("embedding_grad", "bfloat16")} <= found
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt_oss", "internlm3", "flash"])
+def test_chats_of_internvl3(family):
+    """Pictures, a second round, text, a batch; experts, sinks, sliding windows, the router of tiles."""
+    reference = internvl3.load(family)
+
+    def run(model):
+        for chat in reference.expected["chats"][:3]:
+            history = [tuple(turn) for turn in chat["history"] or []] or None
+            pixels, counts = internvl3.pictures(reference, chat), chat["num_patches_list"]
+            options = {"max_new_tokens": 3}
+            model.chat(reference.tokenizer, pixels, chat["question"], options, history, num_patches_list=counts)
+        model.batch_chat(reference.tokenizer, None, ["Hi", "Who is it?"], {"max_new_tokens": 2})
+
+    found = executed(run, copy_of(reference))
+    assert not (bad := forbidden(found)), report(bad)
+    assert ("topk", "float32") in found or reference.model.config.llm_config.experts is None
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe", "gpt_oss", "internlm3", "qwen2_vit6b"])
+def test_training_of_internvl3(family, monkeypatch):
+    """A step as executed, then its gradients, with the balance loss where there are experts."""
+    reference = internvl3.load(family)
+    train = reference.expected["train"]
+    batch = {key: np.array(train[key]) for key in ("input_ids", "attention_mask", "labels")}
+
+    def run(model):
+        model.train()
+        model.config.llm_config.output_router_logits = True
+        model(**batch).loss.backward()
+
+    kept = reference.model.config.llm_config.output_router_logits
+    try:
+        found = executed(run, copy_of(reference))
+        # Which experts is decided on the host, where a program that is only built has nothing.
+        count = reference.model.config.llm_config.experts and reference.model.config.llm_config.experts.count
+        monkeypatch.setattr(experts, "on_host", lambda chosen: np.arange(np.prod(chosen.shape)).reshape(chosen.shape) % count)
+
+        def build():
+            model = InternVLChatModel(reference.model.config)
+            model.train()
+            return model(**batch).loss
+
+        found |= programmed(build)
+    finally:
+        reference.model.config.llm_config.output_router_logits = kept
+    assert not (bad := forbidden(found)), report(bad)
+    assert {("matmul_grad", "bfloat16"), ("softmax_grad", "float32")} <= found
 
 
 def test_an_operator_outside_the_list_is_found():

@@ -80,12 +80,15 @@ def cases():
         "expand": (lambda x: x.expand([4, -1, -1]), [[1, 2, 8]]),
         "scatter": (lambda x, y: paddle.scatter(x, integers([3, 1]), y, overwrite=True), [[5, 8], [2, 8]]),
         "argmax": (lambda x: paddle.argmax(x, axis=-1), [[4, 64]]),
+        "topk": (lambda x: paddle.topk(x, 3, axis=-1)[0], [[4, 32]]),
+        "clip": (lambda x: x.clip(-0.5, 0.5), [[4, 32]]),
+        "sigmoid": (F.sigmoid, [[4, 32]]),
         "cast": (lambda x: x.astype("float32"), [[4, 8]]),
         "adamw": (adamw, [[4, 8], [4, 8]]),
     }
 
 
-FLOAT32_ONLY = {"adamw", "cross_entropy_with_softmax", "exp", "log_softmax"}  # as the models use them
+FLOAT32_ONLY = {"adamw", "clip", "cross_entropy_with_softmax", "exp", "log_softmax", "sigmoid", "topk"}  # as the models use them
 
 
 @contextlib.contextmanager

@@ -22,8 +22,7 @@ from paddlemix.models.blocks.adapters import with_adapters
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
 
 from .arguments import parse
-from .published import LATER as LATER
-from .published import PUBLISHED, is_known, published_config
+from .published import LATER, PUBLISHED, is_known, published_config
 
 GB = 1e9
 
@@ -397,14 +396,14 @@ def memory_table():
         "| model | method | cards | samples a card | weights | optimizer | gradients | activations | peak of a card |",
         "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
     ]
-    for name in PUBLISHED:
-        size = int(name.split("-")[1][:-1])
+    for name in (*PUBLISHED, *LATER):
+        size = int(re.search(r"(\d+)B", name)[1])  # in billions, of all experts
         config = published_config(name)
         usual = 1 if size >= 78 else 2 if size >= 26 else 4
-        cards = {38: 16, 40: 16, 78: 32}.get(size, 8)
+        cards = {38: 16, 40: 16, 78: 32, 241: 64}.get(size, 8)
         for method, processes, per_device in (
             ("full", cards, usual),
-            ("LoRA 16", 8 if size == 78 else 2, usual),
+            ("LoRA 16", 8 if size >= 78 else 2, usual),
             ("LoRA 16", 1, 1),
         ):
             lora = method != "full"

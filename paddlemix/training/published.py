@@ -32,7 +32,7 @@ _PUBLISHED = {
     "InternVL2_5-38B": (_VIT_6B, "Qwen2", 5120, 64, 40, 8, 27648, 151674),
     "InternVL2_5-78B": (_VIT_6B, "Qwen2", 8192, 80, 64, 8, 29568, 151674),
 }
-# Known to a plan, and not in the table of memory yet.
+# InternVL3 and 3.5.
 _LATER = {
     "InternVL3-1B": (_VIT_300M, "Qwen2", 896, 24, 14, 2, 4864, 151674),
     "InternVL3-2B": (_VIT_300M, "Qwen2", 1536, 28, 12, 2, 8960, 151674),

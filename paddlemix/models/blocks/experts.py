@@ -14,9 +14,9 @@ from .layers import Linear, swiglu, take_rows
 
 def clamped_swiglu(x, limit):
     """gpt-oss's gate (arXiv 2508.10925): ``x [..., 2 I]``, gate and up in turn -> ``[..., I]``."""
-    gate, up = x.reshape([*x.shape[:-1], -1, 2]).unbind(-1)
-    gate, up = gate.clip(max=limit), up.clip(-limit, limit)
-    return (up + 1) * gate * F.sigmoid(1.702 * gate)
+    pairs = x.reshape([*x.shape[:-1], -1, 2]).astype("float32")  # Ascend clips nothing else
+    gate, up = pairs[..., 0].clip(max=limit), pairs[..., 1].clip(-limit, limit)
+    return ((up + 1) * gate * F.sigmoid(1.702 * gate)).astype(x.dtype)
 
 
 class GatedMLP(nn.Layer):
@@ -61,6 +61,11 @@ class Router(Linear):
             return logits, chosen, F.softmax(best, axis=-1)
         weights, chosen = paddle.topk(F.softmax(logits, axis=-1), self.active, axis=-1)
         return logits, chosen, weights
+
+
+def on_host(chosen):
+    """Which experts, ``[T, k]`` integers, where they decide what is computed."""
+    return np.asarray(chosen)
 
 
 class Dispatch:
@@ -121,7 +126,7 @@ def run_experts(x, chosen, weights, experts, all_experts=False):
     Returns:
         ``[T, D]``.
     """
-    dispatch = Dispatch(np.asarray(chosen), len(experts), all_experts)
+    dispatch = Dispatch(on_host(chosen), len(experts), all_experts)
     tokens = take_rows(x, dispatch.rows)
     results = [experts[expert](tokens[first:last]) for expert, first, last in dispatch.shares]
     y = take_rows(paddle.concat(results), dispatch.places).reshape([*chosen.shape, -1])
@@ -147,6 +152,6 @@ def balance_loss(router_logits, active, kept=None):
         router_logits = [take_rows(logits, rows) for logits in router_logits]
     probabilities = F.softmax(paddle.concat(router_logits), axis=-1)  # [layers * T, E]
     count = probabilities.shape[1]
-    chosen = np.asarray(paddle.topk(probabilities.detach(), active, axis=-1)[1])
+    chosen = on_host(paddle.topk(probabilities.detach(), active, axis=-1)[1])
     shares = np.bincount(chosen.reshape(-1), minlength=count).astype("float32") / len(chosen)
     return count * (paddle.to_tensor(shares) * probabilities.mean(0)).sum()
