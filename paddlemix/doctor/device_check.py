@@ -88,7 +88,15 @@ def cases():
     }
 
 
-FLOAT32_ONLY = {"adamw", "clip", "cross_entropy_with_softmax", "exp", "log_softmax", "sigmoid", "topk"}  # as the models use them
+FLOAT32_ONLY = {
+    "adamw",
+    "clip",
+    "cross_entropy_with_softmax",
+    "exp",
+    "log_softmax",
+    "sigmoid",
+    "topk",
+}  # as the models use them
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 No code from a checkpoint is run. Four kinds are told apart by the ``tokenizer_class`` of tokenizer_config.json and the
 files that exist:
 
-- :class:`InternLM2Tokenizer` (InternLM2) and :class:`LlamaTokenizer` (Llama 2, Vicuna, Yi, Phi-3): tokenizer.model;
+- :class:`InternLM2Tokenizer`, :class:`InternLM3Tokenizer` and :class:`LlamaTokenizer` (Llama 2, Vicuna, Yi, Phi-3):
+  tokenizer.model;
 - :class:`Qwen2Tokenizer` (Qwen2, Qwen2.5): vocab.json and merges.txt;
 - :class:`FastTokenizer` (Llama 3, or any of the above that lacks its own files): tokenizer.json.
 
@@ -16,12 +17,13 @@ from paddlemix.errors import TokenizerError
 
 from .fast import FastTokenizer
 from .internlm2 import InternLM2Tokenizer
+from .internlm3 import InternLM3Tokenizer
 from .llama import LlamaTokenizer
 from .qwen2 import Qwen2Tokenizer
 from .sources import FAST_FILE, MERGES_FILE, VOCAB_FILE, Source
 
 # Kinds that have files of their own, by what tokenizer_config.json calls them. A new kind is a file and an entry here.
-KINDS = {kind.NAME: kind for kind in (InternLM2Tokenizer, LlamaTokenizer, Qwen2Tokenizer)}
+KINDS = {kind.NAME: kind for kind in (InternLM2Tokenizer, InternLM3Tokenizer, LlamaTokenizer, Qwen2Tokenizer)}
 
 
 def load_tokenizer(path):

@@ -436,3 +436,22 @@ def test_wrong_arguments_are_named():
         tokenizer("a", padding="left")
     with pytest.raises(TokenizerError, match="return_tensors is 'pt'"):
         tokenizer("a", return_tensors="pt")
+
+
+def test_internlm3_gives_texts_to_sentencepiece_as_they_are(tmp_path):
+    import sentencepiece
+
+    folder = copy(checkpoint("internlm2"), tmp_path / "files", tokenizer_class="InternLM3Tokenizer")
+    tokenizer = load_tokenizer(str(folder))
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for text in ("Hello, world", " two  spaces", "你好", "a\nb"):
+        ids = model.encode(text)
+        assert tokenizer.encode(text) == [tokenizer.bos_token_id, *ids]
+        assert tokenizer.encode(f"{text}<|im_end|>{text}", add_special_tokens=False) == [*ids, end, *ids]
+        if text[0] == " ":  # the first of which is taken for sentencepiece's own
+            continue
+        assert tokenizer.decode(ids) == model.decode(ids)
+        whole = tokenizer.decode([*ids, end, *ids], spaces_between_special_tokens=False)
+        assert whole == model.decode(ids) + "<|im_end|>" + model.decode(ids)
+        assert tokenizer.decode([*ids, end], skip_special_tokens=True) == model.decode(ids)

@@ -1,4 +1,4 @@
-"""What InternVL3 and 3.5 answer and learn on one device: `python -m tests.models.internvl2.on_device npu:0` prints it as JSON."""
+"""What InternVL3 and 3.5 answer and learn on a device: `python -m tests.models.internvl2.on_device npu:0` prints JSON."""
 
 import json
 import sys
