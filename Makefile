@@ -2,6 +2,7 @@
 # make demo-video       the same about a clip
 # make demo-llava       both stages of LLaVA at toy size on drawn scenes, minutes of a CPU
 # make demo-mpo         the demo model loses a wrong habit by preference training, minutes of a CPU
+# make demo-thinking    a toy learns to think before it answers, minutes of a CPU; its thought comes apart from its answer
 # make test             install, then run the tests; make test-fast the quickest of them, make test-slow those that take long,
 #                       make soak what goes on for SOAK_SECONDS each, make test-npu those that need g++,
 #                       make test-transformers those that compare with transformers and torch themselves
@@ -20,7 +21,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: llama web web-install demo demo-video demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean test-transformers
+.PHONY: llama web web-install demo demo-video demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean test-transformers demo-thinking
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -37,6 +38,9 @@ demo-llava: install
 
 demo-mpo: install
 	$(BIN)/python paddlemix/examples/internvl2/demo_mpo/run.py --device $(DEVICE)
+
+demo-thinking: install
+	$(BIN)/python paddlemix/examples/internvl2/demo_thinking.py --device $(DEVICE)
 
 install: $(STAMP)
 

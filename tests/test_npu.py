@@ -280,6 +280,8 @@ def test_steps_of_preference_training(npu):
         for name, norm in step.get("grad_norms", {}).items():
             if name in found["grad_norms"]:
                 assert found["grad_norms"][name] == pytest.approx(norm, rel=1e-3), name
+
+
 def test_internvl3_answers_and_learns(npu):
     """Experts, sinks, sliding windows, tied embeddings, the router of tiles: answers and steps are the original's."""
     from tests.models.internvl2.on_device import CHATS, STEPS

@@ -1,6 +1,6 @@
 """Which tokenizer a checkpoint's files are.
 
-No code from a checkpoint is run. Four kinds are told apart by the ``tokenizer_class`` of tokenizer_config.json and the
+No code from a checkpoint is run. Kinds are told apart by the ``tokenizer_class`` of tokenizer_config.json and the
 files that exist:
 
 - :class:`InternLM2Tokenizer`, :class:`InternLM3Tokenizer` and :class:`LlamaTokenizer` (Llama 2, Vicuna, Yi, Phi-3):

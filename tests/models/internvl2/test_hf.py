@@ -3,6 +3,9 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -12,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from paddlemix.checkpoints.files import open_weight_file
 from paddlemix.errors import CheckpointError, ConfigError
 from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
+from paddlemix.models.internvl2.checkpoint import parameter_shapes, save_checkpoint
 from paddlemix.models.internvl2.convert import convert
 from paddlemix.tokenizers import load_tokenizer
 from tests.conftest import REFERENCE, assert_close
@@ -207,3 +211,38 @@ def test_other_models_are_named(change, message):
     values = json.loads((FOLDER / "hf_qwen3" / "checkpoint" / "config.json").read_text()) | change
     with pytest.raises(ConfigError, match=message):
         InternVLChatConfig.from_dict(values)
+
+
+def test_a_mixture_in_many_shards_is_converted_in_the_memory_of_a_few_tensors(tmp_path):
+    """With a limit on a process's memory far below the model: as for 241B, whose largest tensor has 1.2 GB."""
+    values = json.loads((FOLDER / "qwen3_moe" / "checkpoint" / "config.json").read_text())
+    shutil.copytree(FOLDER / "qwen3_moe" / "checkpoint", tmp_path / "in", ignore=shutil.ignore_patterns("*.safetensors"))
+    values["llm_config"] |= {"num_experts": 64, "hidden_size": 512, "moe_intermediate_size": 256, "vocab_size": 4000}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(values))
+    config = InternVLChatConfig.from_pretrained(tmp_path / "in")
+    rng = np.random.default_rng(0)
+    shapes = parameter_shapes(config)
+    save_checkpoint(
+        {k: rng.integers(0, 0x3F80, s, "u2") for k, s in shapes.items()}, config, tmp_path / "in", max_shard_size="20MB"
+    )
+    sizes = [2 * int(np.prod(shape)) for shape in shapes.values()]
+    largest, whole = max(sizes), sum(sizes)
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 5 and whole > 30 * largest
+    program = (
+        "import re, resource, sys\n"
+        "from paddlemix.models.internvl2 import convert as module\n"
+        "from paddlemix.tokenizers import load_tokenizer\n"
+        "load_tokenizer(sys.argv[1])\n"
+        "held = int(re.search(r'VmData:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        "limit = held + int(sys.argv[4])\n"
+        "resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))\n"
+        "module.convert(sys.argv[1], sys.argv[2], sys.argv[3])\n"
+    )
+    limit = 6 * largest
+    assert limit < whole / 5
+    root = Path(__file__).parents[3]
+    for source, target, layout in (("in", "hf", "hf"), ("hf", "back", "torch")):
+        command = [sys.executable, "-c", program, tmp_path / source, tmp_path / target, layout, limit]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=root)
+        assert done.returncode == 0, done.stderr[-2000:]
+    same(bits(tmp_path / "in"), bits(tmp_path / "back"))
