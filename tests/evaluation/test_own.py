@@ -81,6 +81,25 @@ def test_the_difference_of_two_runs(tmp_path, capsys):
     assert "difference +0.3750" in shown and "15 gained, 0 lost, 15 answers differ" in shown and shown.count('"first"') == 2
 
 
+def test_runs_of_own_data_and_of_judges_are_compared_too(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("data: rows.jsonl\nmetric: exact\n")
+    for name, right, grade in (("a", 2, "8 4"), ("b", 3, "8 6")):
+        for task, folder in (("mine", tmp_path / name), ("llava-bench", tmp_path / f"judged_{name}")):
+            folder.mkdir()
+            (folder / "run.json").write_text(json.dumps({"task": task}))
+            truth = {"answers": ["yes"], "category": "conv"}
+            rows = [{"id": i, "answer": "yes" if i < right else "no", "reference": truth} for i in range(4)]
+            (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "reviews.jsonl").write_text("".join(json.dumps({"id": i, "review": grade}) + "\n" for i in range(4)))
+    with pytest.raises(SystemExit, match="1"):
+        compare_command.main([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert "name its --task_file" in capsys.readouterr().err
+    compare_command.main([str(tmp_path / "a"), str(tmp_path / "b"), "--task-file", str(tmp_path / "mine.yaml")])
+    assert "difference +0.2500" in capsys.readouterr().out
+    compare_command.main([str(tmp_path / "judged_a"), str(tmp_path / "judged_b")])
+    assert "means 0.4000 and 0.6000" in capsys.readouterr().out
+
+
 def test_intervals_hold_the_mean_and_pairs_are_tighter_than_runs_apart():
     rng = np.random.default_rng(0)
     each = rng.random(400) < 0.6

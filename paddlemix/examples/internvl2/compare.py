@@ -17,6 +17,7 @@ def main(argv=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("first", help="folder of a run")
     parser.add_argument("second", help="folder of another run of the same task")
+    parser.add_argument("--task_file", default=None, help="what describes the task, where it is a data set of your own")
     parser.add_argument("--show", type=int, default=10, help="questions to show (default: %(default)s)")
     args = parser.parse_args(argv)
     from paddlemix.errors import DataError
@@ -25,13 +26,26 @@ def main(argv=None):
     from paddlemix.evaluation.tasks import TASKS, score
     from paddlemix.files import read_json
 
+    own = None
+    if args.task_file:
+        from paddlemix.evaluation.own import task_of_file
+
+        own = task_of_file(args.task_file)
     runs, names = [], []
     for folder in (args.first, args.second):
         name = read_json(Path(folder, "run.json"), DataError, absent="name the folder of a run")["task"]
-        if name not in TASKS:
-            raise DataError(f"{folder} is of the task '{name}', which is not one of the package's: score its files instead")
+        task = own if own is not None and own.name == name else TASKS.get(name)
+        if task is None:
+            raise DataError(f"{folder} is of the task '{name}', which is not one of the package's: name its --task_file")
         rows = [row for row in read_answers(Path(folder, "answers.jsonl")) if "error" not in row]
-        _, each = score(name, rows, [{"id": row["id"], **row["reference"]} for row in rows], each=True)
+        if not rows:
+            raise DataError(f"{folder} holds no answer: run the task first")
+        if task.prediction_key == "review":
+            reviews = {str(row["id"]): row["review"] for row in read_answers(Path(folder, "reviews.jsonl"))}
+            rows = [{**row, "review": reviews[str(row["id"])]} for row in rows if str(row["id"]) in reviews]
+        _, each = score(task, rows, [{"id": row["id"], **row["reference"]} for row in rows], each=True)
+        if len(each) != len(rows):
+            raise DataError(f"{folder}: some of its questions have no known truth: complete the data set, and run it again")
         runs.append({str(row["id"]): (row["answer"], value) for row, value in zip(rows, each)})
         names.append(name)
     if names[0] != names[1]:
