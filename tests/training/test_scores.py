@@ -142,9 +142,8 @@ def test_what_cannot_be_scored_is_told_before_the_first_step(tmp_path, more, err
 @pytest.mark.parametrize("sharding", ["", "stage3"])
 def test_two_processes_answer_as_one_does(tmp_path, data, sharding):
     """With stage 3 every block has its weights only while it runs."""
-    common = evaluated(data, "--learning_rate", "0", "--max_steps", "2", "--eval_steps", "1")
+    common = evaluated(data, "--learning_rate", "0", "--max_steps", "1", "--eval_steps", "1", "--eval_limit", "3")
     run_two(tmp_path, *common, "--sharding", sharding)
     main(flags(tmp_path, *common, output="one"))
     expected = answers(tmp_path / "one", 1)
-    assert len(expected) == 6 and expected == answers(tmp_path / "one", 2)
-    assert answers(tmp_path / "out", 1) == expected and answers(tmp_path / "out", 2) == expected
+    assert len(expected) == 3 and answers(tmp_path / "out", 1) == expected
