@@ -1,5 +1,6 @@
 """Models on this machine that answer questions: InternVL's many at a time, others in batches."""
 
+import functools
 from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
@@ -104,13 +105,15 @@ class LocalModel:
             return self.settings.batch_size
         from paddlemix.models.blocks.many import room_for
 
-        config, pictures = self.model.config, (self.settings.max_num or task.max_num) if self.settings.dynamic else 1
-        positions = (pictures + 1) * config.num_image_token + 256 + min(self._most(task), 1024)
+        positions = (self._most_tiles(task) + 1) * self.model.config.num_image_token + 256 + min(self._most(task), 1024)
         return min(MOST, room_for(self.model, positions, self.memory()))
 
     def memory(self):
         """Bytes for keys and values."""
         return _free_memory() // 4 // self.settings.processes if self._memory is None else self._memory
+
+    def _most_tiles(self, task):
+        return (self.settings.max_num or task.max_num) if self.settings.dynamic else 1
 
     def _most(self, task):
         return COT_TOKENS if self.settings.cot else task.max_new_tokens
@@ -141,6 +144,9 @@ class LocalModel:
         settings = self.settings
         return tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num)
 
+    def _compress(self, question):
+        """What tells which positions of a prompt are left out; None: all are kept."""
+
     def answers(self, task, items):
         """Answers to any number of questions, with as many under way as :meth:`batch_size` says.
 
@@ -169,7 +175,7 @@ class LocalModel:
                     if len(item) == 2:
                         raise DataError(item[1])
                     ids, pictures = prompt_and_pictures(model, tokenizer, template, item[3], item[4])
-                    yield key, ids, pictures, key if isinstance(key, int) else stream
+                    yield key, ids, pictures, key if isinstance(key, int) else stream, self._compress(item[0])
                 except UserError as error:
                     yield key, error
 
@@ -221,16 +227,10 @@ class LocalModel:
 
 
 class TwoScales(LocalModel):
-    """Mini-Monkey, which looks at one picture at two scales; with ``scm`` it drops tokens, one question at a time."""
+    """Mini-Monkey, which looks at one picture at two scales; with ``scm`` it drops half of the finer one's tokens."""
 
-    @property
-    def many(self):
-        """Whether prompts are whole."""
-        return self.settings.scales == "plain"
-
-    def batch_size(self, task):
-        """As of :class:`LocalModel`; 1 with ``scm``."""
-        return super().batch_size(task) if self.many else 1
+    def _most_tiles(self, task):
+        return (self.settings.max_num or 12) + 8
 
     def _tiles(self, question, task):
         from paddlemix.processors.minimonkey import multi_scale_tiles
@@ -242,24 +242,15 @@ class TwoScales(LocalModel):
         pixels, _, _ = multi_scale_tiles(question.pictures[0], self.model.config.image_size, max_num=self.settings.max_num)
         return pixels, [len(pixels)], ""
 
-    def _grid(self, question):
+    def _compress(self, question):
+        if self.settings.scales != "scm" or not question.pictures:
+            return None
         from paddlemix.processors.image import open_image
         from paddlemix.processors.minimonkey import grids
 
         size = open_image(question.pictures[0]).size
-        return grids(size, self.model.config.image_size, max_num=self.settings.max_num)[0]
-
-    def _answer(self, task, items):
-        results = []
-        for question, pixels, _, prompt, _ in items:
-            try:
-                grid = None if pixels is None else self._grid(question)
-                answer = self.model.chat(self.tokenizer, pixels, grid, prompt, self._generation(task), use_scm=True)
-                cut = len(self.tokenizer.encode(answer)) >= self._most(task)
-                results.append(self._result(prompt, answer, cut))
-            except UserError as error:
-                results.append({"question": prompt, "answer": "", "error": str(error)})
-        return results
+        grid, _ = grids(size, self.model.config.image_size, max_num=self.settings.max_num)
+        return functools.partial(self.model.dropped_of, grid=grid)
 
 
 class LlavaModel(LocalModel):

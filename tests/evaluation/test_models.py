@@ -39,12 +39,13 @@ def test_adapters_are_added_to_the_weights(tmp_path):
     model = InternVLChatModel.from_pretrained(str(cli.DEMO_MODEL), dtype="float32", engine="eager")
     tokenizer = load_tokenizer(str(cli.DEMO_MODEL))
     plain = chat(model, tokenizer)
+    paddle.seed(3)
     wrap_llm_lora(model, 2)
     rng = np.random.default_rng(3)
     for layer in model.sublayers():
         if isinstance(layer, LoRALinear):
             for weight in layer.lora_B:
-                weight.set_value(paddle.to_tensor(rng.normal(0, 0.06, weight.shape).astype("float32")))
+                weight.set_value(paddle.to_tensor(rng.normal(0, 0.3, weight.shape).astype("float32")))
     save_adapters(model, str(tmp_path / "adapter"), str(cli.DEMO_MODEL))
     merge_lora(model)
     expected = chat(model.eval(), tokenizer)
@@ -57,7 +58,7 @@ def test_mini_monkey_answers_as_its_chat_does():
     for scales, scm in (("scm", True), ("plain", False)):
         settings = Settings(str(cli.DEMO_MODEL), device="cpu", scales=scales, max_num=4)
         local, found = answers(settings)
-        assert isinstance(local, TwoScales) and (local.batch_size(TASK) > 1) == (scales == "plain")
+        assert isinstance(local, TwoScales) and local.batch_size(TASK) > 1
         config, expected = {"max_new_tokens": 10, "min_new_tokens": 1}, []
         for question in QUESTIONS:
             pixels, grid, _ = multi_scale_tiles(question.pictures[0], local.model.config.image_size, max_num=4)
@@ -68,5 +69,5 @@ def test_mini_monkey_answers_as_its_chat_does():
 
 
 def test_what_does_not_go_together_is_told(tmp_path):
-    with pytest.raises(ConfigError, match="--adapter needs plain weights|--load_8bit is not available"):
+    with pytest.raises(ConfigError, match="--adapter needs plain weights"):
         load_model(Settings(str(cli.DEMO_MODEL), device="cpu", adapters=(str(tmp_path),), weight_dtype="int8"))

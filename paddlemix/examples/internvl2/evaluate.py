@@ -35,7 +35,7 @@ def make_parser():
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="of the weights (default: auto)")
     add_weight_flags(parser)
     add("--minimonkey", action="store_true", help="it is a Mini-Monkey: pictures at two scales, of which it drops tokens")
-    add("--no_scm", action="store_true", help="with --minimonkey: keep all tokens, so that many are answered at once")
+    add("--no_scm", action="store_true", help="with --minimonkey: keep all tokens")
     add("--url", default=None, help="ask an OpenAI-compatible server in place of a local model")
     add("--url_model", default="default", help="the model's name there (default: %(default)s)")
     add = parser.add_argument_group("how it is asked").add_argument
@@ -72,6 +72,8 @@ def _settled(parser, args):
         parser.error("--judge_url and --judge_model belong together")
     if args.no_scm and not args.minimonkey:
         parser.error("--no_scm belongs to --minimonkey")
+    if args.minimonkey and args.num_beams > 1:
+        parser.error("--minimonkey searches no beams: leave out --num_beams")
     if args.url and (args.ray or args.processes > 1):
         parser.error("--url asks one server: leave out --processes and --ray, and use --batch_size")
 

@@ -42,10 +42,10 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
     Args:
         model: a chat model whose tokenizer is set.
         tokenizer: the model's.
-        asked: an iterator of (key, ids, pictures, stream): ``pictures`` as :func:`~.chat.place_pictures` returns them,
-            ``stream`` which of several answers with one seed this is; several of one ``ids`` object in a row compute it once.
-            More are drawn when there is room for more; what cannot
-            be answered is (key, an error).
+        asked: an iterator of (key, ids, pictures, stream), with compress behind them where there is one: ``pictures`` as
+            :func:`~.chat.place_pictures` returns them, ``stream`` which of several answers with one seed this is; several of
+            one ``ids`` object in a row compute it once; ``compress`` as of :class:`~.decoding.loop.Job`. More are drawn when
+            there is room for more; what cannot be answered is (key, an error).
         config: a :class:`~.generation.GenerationConfig` with the end of an answer.
         template: of the prompts.
         max_seqs: how many are answered at once.
@@ -65,7 +65,8 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
                 if len(item) == 2:
                     ended.append(Answer(item[0], "", "error", item[1]))
                     continue
-                key, ids, pictures, stream = item
+                key, ids, pictures, stream, *compress = item
+                compress = compress[0] if compress else None
                 longest = min(len(ids) + config.max_new_tokens, model.config.llm_config.context_length)
                 if loop is None or longest > loop.positions:
                     if keys:  # they end in the cache that they began in
@@ -77,9 +78,8 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
                     reader = AnswerReader(tokenizer, template, config.stop_strings, template.cuts_at_stop)
                 after = first[1] if first is not None and first[0] is ids else None
                 try:
-                    job = loop.make_job(
-                        ids, config, pictures, stream=stream, cuts=template.cuts_at_stop, reader=reader, after=after
-                    )
+                    more = {"reader": reader, "after": after, "compress": compress}
+                    job = loop.make_job(ids, config, pictures, stream=stream, cuts=template.cuts_at_stop, **more)
                 except PromptError as error:
                     ended.append(Answer(key, "", "error", error))
                     continue
