@@ -54,6 +54,7 @@ COMMANDS = {
     },
     "Weights": {
         "convert": Command("paddlemix.models.internvl2.convert", "write a checkpoint in another layout or dtype"),
+        "cache": Command("paddlemix.checkpoints.cache", "see and clear the cache of weights that were rounded to few bits"),
         "merge-lora": Command("paddlemix.models.internvl2.merge_lora", "add LoRA adapters to the weights they belong to"),
     },
     "This machine": {

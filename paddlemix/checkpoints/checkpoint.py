@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def read_parameters(config, directory, dtype, quantised=()):
+def read_parameters(config, directory, dtype, quantised=(), skip=()):
     """Read a checkpoint in either layout, a few blocks at a time.
 
     Args:
@@ -41,6 +41,7 @@ def read_parameters(config, directory, dtype, quantised=()):
         dtype: ``float32``, ``bfloat16`` or ``float16``.
         quantised: names of parameters that will be in few bits. They come as ``[out, in]``, in bfloat16 where all their parts
             are, else in float32; or as a :class:`~paddlemix.quantised.Quantised` where the files have them in few bits.
+        skip: names of parameters that are not read.
 
     Yields:
         ``(name, array)`` for every parameter as soon as it is complete, in no particular order. Arrays have the
@@ -62,8 +63,9 @@ def read_parameters(config, directory, dtype, quantised=()):
     for source in checkpoint.sources:
         stored.setdefault(source.weight.name, set()).add(source.location.dtype)
     targets = {name: "bfloat16" if stored[name] == {"bfloat16"} else "float32" for name in quantised if name in stored}
+    source_weights = {source.weight.name: source.weight for source in checkpoint.sources}
     arrays, turned, unread = {}, set(), {source.weight.name: len(source.weight.parts) for source in checkpoint.sources}
-    for weight, sources in _by_weight(checkpoint.sources, packed):
+    for weight, sources in _by_weight(checkpoint.sources, packed - set(skip)):
         with OpenFiles() as files:
             yield weight.name, _joined(weight, sources, files)
 
@@ -78,14 +80,15 @@ def read_parameters(config, directory, dtype, quantised=()):
             yield source, files.get(source.location), arrays[weight.name], target
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        plain = [source for source in checkpoint.sources if source.weight.name not in packed]
+        plain = [source for source in checkpoint.sources if source.weight.name not in packed and source.weight.name not in skip]
         for _, sources in itertools.groupby(plain, key=lambda source: source.location.path):
             with OpenFiles() as files:
                 for name in _in_background(pool, fill, fill_calls(sources, files)):
                     unread[name] -= 1
                     if not unread[name]:
                         array = arrays.pop(name)
-                        yield name, array.T if name in turned else array
+                        stacked = name in targets and source_weights[name].parts[0].index is not None and name not in turned
+                        yield name, array.T if name in turned else np.ascontiguousarray(array.T) if stacked else array
 
 
 def _by_weight(sources, names):
@@ -151,7 +154,8 @@ def load_checkpoint(model, directory, dtype, keep=None):
         CheckpointError: see :func:`read_parameters`.
     """
     parameters, quantised = model.state_dict(), getattr(model, "quantised_layers", {})
-    for name, array in read_parameters(model.config, directory, dtype, quantised):
+    there = {name for name, layer in quantised.items() if layer.quantised is not None}  # from the cache
+    for name, array in read_parameters(model.config, directory, dtype, quantised, there):
         if name in quantised:
             quantised[name].take(array)
             continue

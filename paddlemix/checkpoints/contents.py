@@ -56,6 +56,7 @@ class Checkpoint:
         layout: ``torch`` or ``paddle``, found out from the shapes.
         sources: a list of where each part of each weight is, file by file.
         dtypes: for each dtype that occurs, the number of values in it.
+        fingerprints: :func:`~.files.fingerprint` of each weight file, by path.
 
     Raises:
         CheckpointError: files are missing or damaged; tensors are missing, unexpected, of a wrong shape, of a dtype
@@ -65,7 +66,7 @@ class Checkpoint:
     def __init__(self, directory, config):
         self.directory = directory
         paths, index = find_weight_files(directory)
-        self._fingerprints = {path: fingerprint(path) for path in paths}
+        self.fingerprints = {path: fingerprint(path) for path in paths}
         found = locate(paths, index)
         only = getattr(config, "reads_only", "")  # a tower can be read from the file of a whole model
         found = {name: location for name, location in found.items() if name.startswith(only)}
@@ -119,7 +120,7 @@ class Checkpoint:
 
     def changed_files(self):
         """Those weight files that are no longer what they were when this was made, by :func:`~.files.fingerprint`."""
-        return [path for path, before in self._fingerprints.items() if fingerprint(path) != before]
+        return [path for path, before in self.fingerprints.items() if fingerprint(path) != before]
 
 
 def locate(paths, index=None):

@@ -67,6 +67,29 @@ def grouped(found, said, new_location):
     return found
 
 
+def outgoing(name, weight):
+    """The arrays of a parameter ``name`` in our own layout, as ``(tensor's name, dtype, array)``."""
+    dtypes = {"codes": "U8", "scales": "float16", "zeros": "float16", "factors": "float32"}
+    return [(f"{name}.{kind}", dtypes[kind], array) for kind, array in weight.arrays().items()]
+
+
+def bits_of(table, bits, parts):
+    """``{parameter: bits}`` of the weights of ``parts`` (of :data:`~paddlemix.quantised.PARTS`) in a table of names.
+
+    Matrices have ``bits``; token embeddings and output head 8.
+    """
+    starts = {"language": "language_model.", "projector": "mlp1.", "vision": "vision_model.encoder."}
+    found = {}
+    for weight in table:
+        name = weight.name
+        inside = any(name.startswith(starts[part]) for part in parts) and ".lora_" not in name
+        if inside and weight.linear and not name.endswith(".mlp.gate.weight"):
+            found[name] = 8 if name.endswith("lm_head.weight") else bits
+        elif inside and name.endswith(".embed_tokens.weight"):
+            found[name] = 8
+    return found
+
+
 def _own_form(name, tensors):
     shapes = {kind: location.shape for kind, location in tensors.items()}
     dtypes = {kind: location.dtype for kind, location in tensors.items()}

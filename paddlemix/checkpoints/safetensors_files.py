@@ -105,7 +105,7 @@ class OutgoingTensor:
     @property
     def nbytes(self):
         """Size in bytes."""
-        return math.prod(self.shape) * ARRAY_DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * _itemsize(self.dtype)
 
 
 def parse_size(size):

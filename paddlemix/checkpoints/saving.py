@@ -1,13 +1,17 @@
 """Writing weights: of a model, and of a checkpoint in another layout or dtype."""
 
+import os
+import tempfile
+
 import numpy as np
 
 from paddlemix.errors import CheckpointError
 
 from .contents import OpenFiles, check_choices, clip, converted, fill, is_by_columns
 from .files import name_some
+from .packed import outgoing
 from .safetensors_files import OutgoingTensor, write_safetensors
-from .tensors import ARRAY_DTYPES, DTYPES, blocks, holds_exactly, row_count, rows_per_block
+from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, holds_exactly, row_count, rows_per_block
 
 # What other programs want to see in a file: transformers reads "pt" only, and PaddleNLP takes "pt" for transposed.
 _METADATA = {"torch": {"format": "pt"}, "paddle": {"format": "np"}, "hf": {"format": "pt"}}
@@ -138,6 +142,43 @@ def convert_checkpoint(checkpoint, directory, layout, max_shard_size="5GB", dtyp
         write_safetensors(directory, tensors, _METADATA[layout], max_shard_size, progress)
 
 
+def convert_quantised(checkpoint, directory, bits, quantise, max_shard_size="5GB", dtype=None, progress=None):
+    """Write a checkpoint with some weights in few bits, in the layout of :mod:`~.packed`, and the others as they are published.
+
+    Args:
+        checkpoint: a :class:`Checkpoint` in floating point.
+        directory, max_shard_size, dtype, progress: as in :func:`save_checkpoint`; ``dtype`` is that of the others.
+        bits: ``{parameter: 8 or 4}``.
+        quantise: ``quantise(array [out, in], bits)`` gives a :class:`~paddlemix.quantised.Quantised`; the array is float32, or
+            uint16 with the bits of bfloat16.
+
+    Raises:
+        CheckpointError: as of :func:`convert_checkpoint`, or the weights are in few bits already.
+    """
+    if checkpoint.packed:
+        raise CheckpointError(f"{checkpoint.directory} is a quantised checkpoint already: take the original one to convert")
+    parts = {}
+    for source in checkpoint.sources:
+        parts.setdefault(source.weight.name, []).append(source)
+    os.makedirs(directory, exist_ok=True)
+    # What is small is written first and what is large last, weight by weight in neither: codes wait on the disk.
+    with tempfile.TemporaryDirectory(prefix=".rounding-", dir=directory) as room, _OneOpenFile() as files:
+        tensors = []
+        for name, sources in parts.items():
+            if name not in bits:
+                tensors += [_converted_tensor(files, source, "torch", dtype) for source in sources]
+                continue
+            whole = _Assembled(files, sources)
+            array = whole.numpy()
+            array = array if whole.dtype in ("float32", "bfloat16") else convert_dtype(array, whole.dtype, "float32")
+            array = np.ascontiguousarray(array.T) if sources[0].weight.linear else array
+            for number, (key, kind, values) in enumerate(outgoing(name, quantise(array, bits[name]))):
+                path = os.path.join(room, f"{len(tensors)}-{number}.npy")
+                np.save(path, values)
+                tensors.append(OutgoingTensor(key, kind, values.shape, lambda path=path: [np.load(path)]))
+        write_safetensors(directory, tensors, _METADATA["torch"], max_shard_size, progress)
+
+
 class _Assembled:
     """A parameter that is put together from a checkpoint when it is asked for; in float32 where its parts differ in dtype."""
 
@@ -171,6 +212,8 @@ def save_packed(source, config, directory, layout="torch", max_shard_size="5GB")
         raise CheckpointError(
             "weights packed for the CPU engine cannot be saved: load the model with engine='eager' to save it"
         )
+    if source.packed:
+        raise CheckpointError(f"{source.directory} is a quantised checkpoint: copy its folder, or save the original one")
     if not source.describes(config):
         raise CheckpointError(
             f"{source.directory} does not hold what the packed model holds, since LoRA adapters were merged or sizes changed: "

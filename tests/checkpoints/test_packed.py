@@ -169,3 +169,46 @@ def test_other_forms_are_refused_in_a_sentence(folders, tmp_path, said, message)
     (target / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=message):
         InternVLChatModel.from_pretrained(str(target))
+
+
+@pytest.mark.parametrize("weight_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["qwen2", "internlm2"])
+def test_converted_checkpoints_are_mapped_and_answer_as_those_rounded_while_they_load(tmp_path, name, weight_dtype):
+    from paddlemix.models.internvl2.convert import convert
+
+    source, target = str(REFERENCE / name / "checkpoint"), str(tmp_path / "few")
+    convert(source, target, weight_dtype=weight_dtype, quantize_parts="language,projector,vision", max_shard_size="200KB")
+    assert len(list((tmp_path / "few").glob("*.safetensors"))) > 1
+    assert not [path for path in (tmp_path / "few").iterdir() if path.name.startswith(".")]
+    ids = np.random.default_rng(1).integers(0, 700, [1, 40])
+    rounded = InternVLChatModel.from_pretrained(source, weight_dtype=weight_dtype, quantize_parts="language,projector,vision")
+    mapped = InternVLChatModel.from_pretrained(target)
+    assert mapped.quantised_layers.keys() == rounded.quantised_layers.keys()
+    for key, layer in mapped.quantised_layers.items():
+        arrays, expected = layer.quantised.arrays(), rounded.quantised_layers[key].quantised.arrays()
+        assert arrays.keys() == expected.keys()
+        for kind in arrays:
+            np.testing.assert_array_equal(arrays[kind], expected[kind], f"{key} {kind}")
+            assert not arrays[kind].flags.owndata and not arrays[kind].flags.writeable  # the file's own memory
+            assert arrays[kind].ctypes.data % arrays[kind].itemsize == 0
+    np.testing.assert_array_equal(mapped(input_ids=ids).logits.numpy(), rounded(input_ids=ids).logits.numpy())
+    with pytest.raises(CheckpointError, match="original"):
+        convert(target, str(tmp_path / "again"), layout="torch")
+    with pytest.raises(CheckpointError, match="original"):
+        mapped.save_pretrained(str(tmp_path / "saved"))
+
+
+def test_damaged_files_of_our_own_are_told(tmp_path):
+    from paddlemix.models.internvl2.convert import convert
+
+    convert(str(REFERENCE / "qwen2" / "checkpoint"), str(tmp_path / "few"), weight_dtype="int4", dtype="float32")
+    path = tmp_path / "few" / "model.safetensors"
+    tensors = load_file(path)
+    name = "language_model.model.layers.0.self_attn.qkv_proj.weight"
+    for change in ({name + ".scales": tensors[name + ".scales"][1:]}, {name + ".codes": tensors[name + ".codes"][:, :-1]}):
+        save_file(tensors | change, str(path), {"format": "pt"})
+        with pytest.raises(CheckpointError, match="do not fit|of another shape"):
+            InternVLChatModel.from_pretrained(str(tmp_path / "few"))
+    save_file({key: value for key, value in tensors.items() if key != name + ".factors"}, str(path), {"format": "pt"})
+    with pytest.raises(CheckpointError, match="do not fit"):
+        InternVLChatModel.from_pretrained(str(tmp_path / "few"))

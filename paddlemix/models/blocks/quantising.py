@@ -13,6 +13,7 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from paddlemix import device, quantised
+from paddlemix.checkpoints import cache
 from paddlemix.checkpoints.checkpoint import load_checkpoint
 from paddlemix.errors import ConfigError
 from paddlemix.kernels import cpu
@@ -75,7 +76,7 @@ class QuantisedHead(QuantisedLinear):
         nn.Layer.__init__(self)
         object.__setattr__(self, "embedding", embedding)  # not as a sublayer, as in TiedHead
         self.bias, self.name, self._plain = None, None, None
-        self.out_features, self.in_features = embedding.shape
+        self.out_features, self.in_features = embedding.out_features, embedding.in_features
 
     @property
     def quantised(self):
@@ -88,7 +89,8 @@ class QuantisedEmbedding(nn.Layer):
 
     def __init__(self, layer):
         super().__init__()
-        self.shape, self.quantised, self.bits = layer.weight.shape, None, 8
+        self.quantised, self.bits = None, 8
+        self.out_features, self.in_features = layer.weight.shape
 
     def take(self, weight):
         """As :meth:`QuantisedLinear.take`."""
@@ -201,8 +203,17 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
         return
     if weight_dtype is not None or source.packed:
         prepare(model, weight_dtype, parts, source.packed)
+    layers, key = model.quantised_layers, None
+    if layers and not source.packed:
+        key = cache.key_of(source, {name: layer.bits for name, layer in layers.items()})
+        found = cache.find(key, {name: (layer.out_features, layer.in_features, layer.bits) for name, layer in layers.items()})
+        for name, weight in (found or {}).items():
+            layers[name].take(weight)
+            key = None
     load_checkpoint(model, source, dtype, keep)
-    if weight_dtype is not None or source.packed:
+    if key is not None:
+        cache.store_later(key, {name: layer.quantised for name, layer in layers.items()})
+    if layers:
         model.packed, model.source = True, source
 
 

@@ -14,11 +14,14 @@ from paddlemix.checkpoints.checkpoint import LAYOUTS, Checkpoint, convert_checkp
 from paddlemix.checkpoints.files import INDEX_FILES
 from paddlemix.checkpoints.hub import resolve
 from paddlemix.checkpoints.mxfp4 import without_mark
+from paddlemix.checkpoints.packed import METHOD, bits_of
 from paddlemix.checkpoints.safetensors_files import parse_size
+from paddlemix.checkpoints.saving import convert_quantised
 from paddlemix.checkpoints.tensors import ARRAY_DTYPES, DTYPES
 from paddlemix.commands import Parser, own_flags
 from paddlemix.errors import CheckpointError, command_main
 from paddlemix.files import read_json
+from paddlemix.quantised import BITS
 from paddlemix.tokenizers import load_tokenizer
 
 from . import hf
@@ -28,7 +31,9 @@ from .configuration import InternVLChatConfig
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".py", ".md")
 
 
-def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=False):
+def convert(
+    source, target, layout=None, dtype=None, max_shard_size="5GB", overwrite=False, weight_dtype=None, quantize_parts=None
+):
     """Write the checkpoint ``source`` to the directory ``target`` as safetensors, with all the small files beside it.
 
     Args:
@@ -38,6 +43,8 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each tensor's.
         max_shard_size: largest weight file, such as ``"5GB"``.
         overwrite: write into a directory that has something in it.
+        weight_dtype: ``int8`` or ``int4`` to write weights in few bits, as :mod:`paddlemix.checkpoints.packed` says.
+        quantize_parts: which, as for ``from_pretrained``.
 
     Raises:
         ConfigError, CheckpointError: the source is not a complete checkpoint, or the target cannot be used.
@@ -55,6 +62,11 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
     if layout == "hf":
         hf.check_writable(config)
     checkpoint = Checkpoint(source, config)
+    if weight_dtype is not None:
+        _convert_to_few_bits(checkpoint, target, layout, dtype, max_shard_size, weight_dtype, quantize_parts)
+        return
+    if checkpoint.packed:
+        raise CheckpointError(f"{source} is a quantised checkpoint, which cannot be converted: take the original one")
     count = sum(checkpoint.dtypes.values())
     print(f"{source}: {checkpoint.layout} layout, {', '.join(checkpoint.dtypes)}, {count / 1e6:,.1f} million values")
     total = sum(n * ARRAY_DTYPES[dtype or stored].itemsize for stored, n in checkpoint.dtypes.items())
@@ -66,6 +78,23 @@ def convert(source, target, layout, dtype=None, max_shard_size="5GB", overwrite=
             _to_hf(source, target, config)
         elif layout != "hf" and checkpoint.layout == "hf":
             _from_hf(source, target, config)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be copied: {error.strerror}") from None
+
+
+def _convert_to_few_bits(checkpoint, target, layout, dtype, max_shard_size, weight_dtype, parts):
+    from paddlemix.models.blocks.quantising import check_choice, rounded  # needs Paddle
+
+    bits, parts = check_choice(weight_dtype, parts)
+    if layout not in (None, "torch") or checkpoint.layout == "hf":
+        raise CheckpointError("--weight_dtype writes --layout torch, and not from transformers' layout: convert to torch first")
+    chosen = bits_of(checkpoint.config.weight_table(), bits, parts)
+    convert_quantised(checkpoint, target, chosen, rounded, max_shard_size, dtype)
+    try:
+        copy_small_files(checkpoint.directory, target, dtype)
+        path = os.path.join(target, "config.json")
+        said = {"quant_method": METHOD, "weight_dtype": weight_dtype, "parts": list(parts), "version": 1}
+        _write(path, read_json(path) | {"quantization_config": said})
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be copied: {error.strerror}") from None
 
@@ -163,7 +192,7 @@ def main(argv=None):
     parser.add_argument(
         "--layout",
         choices=LAYOUTS,
-        required=True,
+        default=None,
         help="torch: what the original and other engines read; hf: transformers' own; paddle: linear weights transposed, "
         "as in the Paddle port",
     )
@@ -171,8 +200,14 @@ def main(argv=None):
     parser.add_argument(
         "--max_shard_size", default="5GB", metavar="SIZE", help="largest weight file, e.g. 500MB or 5GB (default: %(default)s)"
     )
+    parser.add_argument("--weight_dtype", choices=BITS, default=None, help="write weights in few bits, which our engine maps")
+    parser.add_argument(
+        "--quantize_parts", metavar="PARTS", help="with it: of language, projector, vision (default: language,projector)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="write into DST even if it is not empty")
     args = parser.parse_args(argv)
+    if args.layout is None and args.weight_dtype is None:
+        parser.error("the following arguments are required: --layout, or --weight_dtype")
     convert(**own_flags(args))
     print(f"written to {args.target}")
 

@@ -1,0 +1,203 @@
+"""The cache of weights that were rounded to few bits: what took seconds once is mapped the next time.
+
+An entry is a folder of the user's cache, ``paddlemix/packed/KEY``, with a safetensors file in the layout of :mod:`~.packed` and
+``entry.json``. The key is made of the checkpoint's files (:func:`~.files.fingerprint`), what was asked for, and the layout's
+version. All entries together have at most 20 GB; those that were not used for longest go first. ``PADDLEMIX_CACHE=off`` neither
+reads nor writes. An entry that is not what was written is made anew.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+from paddlemix.commands import Parser
+from paddlemix.errors import CheckpointError, UserError, command_main
+from paddlemix.files import open_regular, read_json
+from paddlemix.quantised import padded
+
+from .contents import Location, OpenFiles, locate
+from .packed import grouped, outgoing, read
+from .safetensors_files import OutgoingTensor, write_safetensors
+
+VERSION = 1  # of the layout
+MOST_BYTES = 20 << 30
+WORTHWHILE = 16 << 20  # bytes of weights below which rounding is as quick as the cache
+_SAMPLES = 64
+
+_log = logging.getLogger(__name__)
+
+
+def enabled():
+    """Whether the user lets it be used."""
+    return os.environ.get("PADDLEMIX_CACHE", "").lower() not in ("off", "0", "no", "false")
+
+
+def folder():
+    """Where the entries are; it need not exist.
+
+    Raises:
+        RuntimeError: nobody knows the home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix" / "packed"
+
+
+def key_of(checkpoint, bits):
+    """Name of the entry for a :class:`~.contents.Checkpoint` with ``bits``, ``{parameter: 8 or 4}``."""
+    made_of = [VERSION, sorted(map(str, checkpoint.fingerprints.values())), sorted(bits.items())]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+
+
+def find(key, shapes):
+    """The weights of an entry, mapped, ``{parameter: Quantised}``; None where there is none that is whole.
+
+    Args:
+        key: of :func:`key_of`.
+        shapes: ``{parameter: (out, in, bits)}`` of all that must be in it.
+    """
+    if not enabled():
+        return None
+    entry = _entry(key)
+    if entry is None or not entry.exists():
+        return None
+    try:
+        known = read_json(str(entry / "entry.json"), CheckpointError)
+        path = str(entry / "model.safetensors")
+        if known.get("digest") != _digest(path):
+            raise CheckpointError(f"{path} is not what was written")
+        found = grouped(locate([path]), None, lambda *values: Location(*values[:4], packed=values[4]))
+        if found.keys() != shapes.keys():
+            raise CheckpointError(f"{path} has other weights")
+        weights = {}
+        with OpenFiles() as files:
+            for name, location in found.items():
+                out, inputs, bits = shapes[name]
+                form = location.packed
+                if form is None or location.shape != (out, padded(inputs, form.group)) or form.bits != bits:
+                    raise CheckpointError(f"{path}: {name} is of another shape")
+                weights[name] = dataclasses.replace(read(location, files.get, name), inputs=inputs)
+        os.utime(entry)  # it was used now
+    except (OSError, UserError, ValueError) as error:
+        _log.warning("the cache's entry %s is damaged and made anew: %s", key, error)
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+    return weights
+
+
+def store_later(key, weights):
+    """Write an entry in the background; the program does not end before it is there.
+
+    Args:
+        key: of :func:`key_of`.
+        weights: ``{parameter: Quantised}``.
+
+    Returns:
+        The thread, or None where it is not worth it.
+    """
+    entry = _entry(key)
+    if not enabled() or entry is None or sum(weight.nbytes for weight in weights.values()) < WORTHWHILE:
+        return None
+    thread = threading.Thread(target=_store, args=(entry, weights), name="cache")
+    thread.start()
+    return thread
+
+
+def _store(entry, weights):
+    size = sum(weight.nbytes for weight in weights.values())
+    with contextlib.suppress(OSError, CheckpointError):  # a full disk costs nothing but the next load's time
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        if size > MOST_BYTES or shutil.disk_usage(entry.parent).free < 2 * size:
+            return
+        make_room(size)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=entry.parent) as room:
+            target = Path(room, "entry")
+            tensors = [
+                OutgoingTensor(key, dtype, array.shape, lambda array=array: [np.ascontiguousarray(array)])
+                for name, weight in weights.items()
+                for key, dtype, array in outgoing(name, weight)
+            ]
+            write_safetensors(str(target), tensors, {"format": "pt"}, MOST_BYTES)
+            written = {"digest": _digest(str(target / "model.safetensors")), "made": int(time.time()), "version": VERSION}
+            (target / "entry.json").write_text(json.dumps(written), encoding="utf-8")
+            os.rename(target, entry)  # fails where another process was quicker, which is as well
+
+
+def entries():
+    """``[(last use, bytes, path)]`` of all entries, the longest unused first."""
+    found = []
+    try:
+        paths = list(folder().iterdir())
+    except (OSError, RuntimeError):
+        return found
+    for path in paths:
+        with contextlib.suppress(OSError):  # another process removed it
+            found.append((path.stat().st_mtime, sum(file.stat().st_size for file in path.rglob("*") if file.is_file()), path))
+    return sorted(found)
+
+
+def make_room(size):
+    """Remove entries until there is room for ``size`` bytes more."""
+    there = [entry for entry in entries() if not entry[2].name.startswith(".")]
+    total = sum(count for _, count, _ in there)
+    for _, count, path in there:
+        if total + size <= MOST_BYTES:
+            break
+        shutil.rmtree(path, ignore_errors=True)
+        total -= count
+
+
+def clear():
+    """Remove all entries; how many bytes they had."""
+    there = entries()
+    for _, _, path in there:
+        shutil.rmtree(path, ignore_errors=True)
+    return sum(count for _, count, _ in there)
+
+
+def _entry(key):
+    try:
+        return folder() / key
+    except RuntimeError:
+        return None
+
+
+def _digest(path):
+    """Of a file's size, its header and samples of the rest: a whole digest would take as long as rounding."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest.update(f"{size}".encode())
+        digest.update(os.pread(file.fileno(), 1 << 16, 0))
+        for i in range(_SAMPLES + 1):
+            digest.update(os.pread(file.fileno(), 1024, max(0, i * size // _SAMPLES - 1024)))
+    return digest.hexdigest()
+
+
+@command_main
+def main(argv=None):
+    """The command line."""
+    parser = Parser(description="Show or clear the cache of weights that were rounded to 8 and 4 bits.")
+    parser.add_argument("--clear", action="store_true", help="remove all entries")
+    args = parser.parse_args(argv)
+    if args.clear:
+        print(f"removed {clear() / 1e9:.2f} GB")
+        return
+    there = entries()
+    for used, size, path in there:
+        print(f"{path.name}  {size / 1e9:7.2f} GB  used {time.strftime('%Y-%m-%d %H:%M', time.localtime(used))}")
+    total = sum(size for _, size, _ in there) / 1e9
+    state = "" if enabled() else "; PADDLEMIX_CACHE=off: not in use"
+    print(f"{len(there)} entries, {total:.2f} of {MOST_BYTES / 1e9:.0f} GB, in {folder()}{state}")
+
+
+if __name__ == "__main__":
+    main()
