@@ -107,6 +107,7 @@ def test_mini_monkey_drops_tokens_and_shares_none_of_their_keys(minimonkey):
         assert answer(url, story, max_tokens=2)["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
 
 
+@pytest.mark.slow
 def test_mini_monkey_in_a_file(minimonkey, tmp_path):
     folder, reference = minimonkey
     for flags, scm in (((), True), (("--no_scm",), False)):

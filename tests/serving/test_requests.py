@@ -91,6 +91,7 @@ def test_metrics_add_up():
             assert after[f"{gauge}{{{LABEL}}}"] == 0
 
 
+@pytest.mark.slow
 def test_forms_that_cost_too_much_are_refused_and_hold_up_nobody():
     deep = {"type": "object"}
     for _ in range(200):
@@ -124,6 +125,7 @@ SCHEMA = {
 }
 
 
+@pytest.mark.slow
 def test_forms_of_commands_hold(tmp_path):
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     requests = write(tmp_path / "rows.jsonl", rows_of(3))

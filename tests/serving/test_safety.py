@@ -35,14 +35,24 @@ def refused(reply, status):
     return error["message"]
 
 
-def start(*flags, **env):
-    """(process, base URL) of a server whose two outputs are pipes."""
-    command = [sys.executable, "-m", "paddlemix.serving", "--port", "0", *flags]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-    line = process.stdout.readline()
-    assert line.startswith("ready: http://"), line + process.stderr.read()
-    return process, line.split()[1]
+@pytest.fixture
+def start():
+    """A function that starts a server and gives (process, base URL); both outputs are pipes."""
+    started = []
+
+    def begun(*flags, **env):
+        command = [sys.executable, "-m", "paddlemix.serving", "--port", "0", *flags]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        started.append(process)
+        line = process.stdout.readline()
+        assert line.startswith("ready: http://"), line + process.stderr.read()
+        return process, line.split()[1]
+
+    yield begun
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def connect(url):
@@ -56,12 +66,15 @@ def begin(url, **fields):
     body = json.dumps({"messages": messages("Hi"), "ignore_eos": True, "temperature": 0, "stream": True, **fields}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
     connection.sendall(f"{head}{len(body)}\r\n\r\n".encode() + body)
-    while b'"content":"' not in (received := connection.recv(65536)) or received.count(b"data:") < 2:
-        assert received
+    received = b""
+    while received.count(b"data:") < 1 + fields.get("n", 1):  # who speaks is told before anything is computed
+        piece = connection.recv(65536)
+        assert piece, received
+        received += piece
     return connection
 
 
-def test_logs_hold_neither_key_nor_prompt_nor_answer():
+def test_logs_hold_neither_key_nor_prompt_nor_answer(start):
     process, url = start("--cpus", "0", "--threads", "1", "--host", "0.0.0.0", PADDLEMIX_API_KEY=SECRET)
     url = url.replace("0.0.0.0", "127.0.0.1")
     bearer = {"Authorization": f"Bearer {SECRET}"}
@@ -77,7 +90,7 @@ def test_logs_hold_neither_key_nor_prompt_nor_answer():
     for raw in (f'{{"{text}'.encode(), f'{{"messages": "{text}"}}'.encode()):
         replies.append(ask(url, raw=raw, headers=bearer))
         refused(replies[-1], 400)
-    replies.append(ask(url, path="/health?" + text, headers={"Origin": "https://a.example"}))
+    replies.append(ask(url.removesuffix("/v1"), path="/health?" + text, headers={"Origin": "https://a.example"}))
     assert replies[-1][0] == 200 and "access-control-allow-origin" not in replies[-1][1]
     said = content(json.loads(ask(url, {"messages": messages(text), "max_tokens": 40, "ignore_eos": True}, headers=bearer)[2]))
     process.terminate()
@@ -85,12 +98,13 @@ def test_logs_hold_neither_key_nor_prompt_nor_answer():
     assert process.returncode == 0
     told = out + errors + "".join(str(reply[1]) + reply[2] for reply in replies)
     assert SECRET not in told and text not in errors and said.strip()[:20] not in errors
-    bad = [line for line in errors.splitlines() if re.search(r": 4\d\d", line)]
+    bad = [line for line in errors.splitlines() if re.search(r": 4\d\d$", line)]
     assert "Traceback" not in errors and len(bad) <= 3  # a line each; that the key is missing is none
     assert "warning" not in errors and "cores: [0], threads: 1" in errors
 
 
-def test_one_warning_where_it_listens_to_all():
+@pytest.mark.slow
+def test_one_warning_where_it_listens_to_all(start):
     process, _ = start("--host", "0.0.0.0")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -100,7 +114,7 @@ def test_one_warning_where_it_listens_to_all():
 def test_a_full_queue_a_timeout_and_pings():
     with serving("--max_num_seqs", "1", "--max_queue", "2", "--request_timeout", "12") as (url, _):
         running = begin(url, n=16)
-        waiting = {"messages": messages("Hi"), "temperature": 0, "max_tokens": 1}
+        waiting = {"messages": messages("Hi"), "temperature": 0, "ignore_eos": True, "n": 16}  # also when it runs in the end
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(ask, url, waiting)
             stream = pool.submit(ask, url, {**waiting, "stream": True})
@@ -125,6 +139,7 @@ def test_a_full_queue_a_timeout_and_pings():
         assert content(answer(url, "Hi"))  # and everybody else is served again
 
 
+@pytest.mark.slow
 def test_without_a_queue_whoever_finds_a_place_is_answered():
     with serving("--max_num_seqs", "2", "--max_queue", "0") as (url, _):
         assert answer(url, "Hi", max_tokens=1) and answer(url, "Hi", n=4, max_tokens=1, temperature=1)
@@ -132,22 +147,27 @@ def test_without_a_queue_whoever_finds_a_place_is_answered():
             refused(ask(url, {"messages": messages("Hi")}), 429)
 
 
-def test_term_lets_answers_end_and_lets_nobody_in():
-    process, url = start()
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(answer, url, "Hi", max_tokens=1500, ignore_eos=True)
-        time.sleep(1)
-        process.terminate()
-        time.sleep(0.3)
-        if not running.done():
-            refused(ask(url, {"messages": messages("Hi")}), 503)
-        assert running.result()["usage"]["completion_tokens"] == 1500
+@pytest.mark.slow
+def test_term_lets_answers_end_and_lets_nobody_in(start):
+    process, url = start("--shutdown_timeout", "200")
+    running, received = begin(url, max_tokens=1500), b""
+    running.settimeout(300)  # tokens without a text come without a piece
+    process.terminate()
+    time.sleep(0.3)
+    other = ask(url, {"messages": messages("Hi"), "max_tokens": 1})
+    while piece := running.recv(1 << 20):
+        received = received[-5000:] + piece
+        if b"[DONE]" in received:
+            break
+    assert b'"finish_reason":"length"' in received and b'"error"' not in received
+    refused(other, 503)
+    running.close()
     process.communicate(timeout=60)
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_what_has_not_ended_in_time_is_cut(again):
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_has_not_ended_in_time_is_cut(start, again):
     process, url = start("--shutdown_timeout", "60" if again else "1")
     connection = begin(url, n=16)
     process.terminate()
@@ -166,6 +186,7 @@ def test_what_has_not_ended_in_time_is_cut(again):
     process.communicate()
 
 
+@pytest.mark.slow
 def test_bodies_are_limited_while_they_are_read():
     with serving("--max_body_mb", "0.5") as (url, _):
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -175,7 +196,7 @@ def test_bodies_are_limited_while_they_are_read():
         with connect(url) as connection:  # announced
             connection.sendall(head + b"Content-Length: 99999999\r\n\r\n" + b" " * 1000)
             connection.shutdown(socket.SHUT_WR)
-            assert b" 413 " in connection.recv(65536) or True
+            assert connection.recv(65536).startswith((b"HTTP/1.1 413 ", b"HTTP/1.1 400 "))
         with connect(url) as connection:  # without a length
             connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
             for _ in range(9):
