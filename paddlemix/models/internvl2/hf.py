@@ -123,17 +123,55 @@ def _side(vision, key, default):
 
 
 def apply_preprocessor(config, directory):
-    """Let ``preprocessor_config.json`` of a folder in transformers' layout say how pictures are cut."""
-    path = os.path.join(directory, "preprocessor_config.json")
-    if not os.path.exists(path):
+    """Let a folder in transformers' layout say how pictures are cut, and refuse what is done to them nowhere here.
+
+    The settings are those of ``preprocessor_config.json`` or, as transformers 5 writes it, of ``image_processor`` in
+    ``processor_config.json``. ``crop_to_patches`` changes nothing: that processor cuts whatever it says.
+    """
+    path, values = _preprocessor(directory)
+    if not values:
         return
-    values = read_json(path)
     least, most = values.get("min_patches", config.min_dynamic_patch), values.get("max_patches", config.max_dynamic_patch)
     if not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 1000 for n in (least, most)) or least > most:
         raise ConfigError(
             f"{path}: min_patches and max_patches are {shown(least)} and {shown(most)}: give whole numbers from 1 on"
         )
     config.min_dynamic_patch, config.max_dynamic_patch = least, most
+    for key, wanted in {"image_mean": _MEAN, "image_std": _STD, "rescale_factor": 1 / 255, "resample": 3, **_DONE}.items():
+        value = values.get(key)
+        if value is not None and not _alike(value, wanted):
+            raise ConfigError(f"{path}: {key} is {shown(value)}: only {wanted} is supported")
+    size = values.get("size")
+    if size is None:
+        return
+    sides = [size.get("height"), size.get("width")] if isinstance(size, dict) else [size, size]
+    multiple = config.vision_config.patch_size * round(1 / config.downsample_ratio)
+    side = sides[0]
+    if sides[0] != sides[1] or isinstance(side, bool) or not isinstance(side, int) or not 0 < side <= 4096 or side % multiple:
+        raise ConfigError(f"{path}: size is {shown(size)}: give one height and width, a multiple of {multiple}")
+    config.force_image_size = side
+
+
+_DONE = dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True)
+
+
+def _preprocessor(directory):
+    """(file, settings of pictures) of a folder; settings are None where it has none."""
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = os.path.join(directory, name)
+        if os.path.exists(path):
+            values = read_json(path)
+            values = values if key is None else values.get(key)
+            if isinstance(values, dict):
+                return path, values
+    return None, None
+
+
+def _alike(value, wanted):
+    """Whether a setting is the wanted one, numbers within 1e-4."""
+    values, wanted = (x if isinstance(x, list) else [x] for x in (value, wanted))
+    numbers = all(isinstance(x, (int, float)) for x in values)
+    return numbers and len(values) == len(wanted) and all(abs(a - b) < 1e-4 for a, b in zip(values, wanted))
 
 
 def check_writable(config):

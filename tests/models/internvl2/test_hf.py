@@ -246,3 +246,33 @@ def test_a_mixture_in_many_shards_is_converted_in_the_memory_of_a_few_tensors(tm
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=root)
         assert done.returncode == 0, done.stderr[-2000:]
     same(bits(tmp_path / "in"), bits(tmp_path / "back"))
+
+
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_settings_of_the_preprocessor_are_honoured(tmp_path, file):
+    folder = FOLDER / "hf_qwen3" / "checkpoint"
+    given = json.loads((folder / "preprocessor_config.json").read_text())
+
+    def config_with(**change):
+        shutil.copy(folder / "config.json", tmp_path)
+        values = given | change
+        (tmp_path / file).write_text(json.dumps(values if file[:3] == "pre" else {"image_processor": values}))
+        return InternVLChatConfig.from_pretrained(str(tmp_path))
+
+    plain = config_with()
+    side = plain.vision_config.patch_size * 2
+    config = config_with(min_patches=2, max_patches=5, crop_to_patches=False, size={"height": 2 * side, "width": 2 * side})
+    assert (config.min_dynamic_patch, config.max_dynamic_patch, config.image_size) == (2, 5, 2 * side)
+    assert config.num_image_token == 4
+    for change, message in [
+        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean is"),
+        ({"image_std": [1, 1]}, "image_std is"),
+        ({"do_normalize": False}, "do_normalize is false: only True"),
+        ({"resample": 2}, "resample is 2: only 3"),
+        ({"rescale_factor": 1}, "rescale_factor is 1"),
+        ({"size": {"height": side, "width": 2 * side}}, "size is"),
+        ({"size": {"height": side + 1, "width": side + 1}}, f"a multiple of {side}"),
+        ({"min_patches": 7, "max_patches": 2}, "min_patches and max_patches are 7 and 2"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            config_with(**change)
