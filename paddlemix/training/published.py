@@ -99,6 +99,8 @@ PUBLISHED, LATER = tuple(_PUBLISHED), tuple(_LATER)
 
 
 _ALIKE = re.compile(r"(-(Instruct|Pretrained|MPO))?(-(hf|HF))?$")  # of one shape
+_FLASH = re.compile(r"^InternVL3_5-.*-Flash$")  # of the same with a router
+_ROUTED = {"flash_mode": True, "flash_relative_threshold": 0.5, "flash_absolute_threshold": 0.5}
 
 
 def is_known(name):
@@ -108,7 +110,7 @@ def is_known(name):
 
 def _plain(name):
     """The name of the published model whose sizes another has."""
-    name = _ALIKE.sub("", name) if name.startswith("InternVL3") else name
+    name = _ALIKE.sub("", name.removesuffix("-Flash")) if name.startswith("InternVL3") else name
     stage = _STAGES.fullmatch(name)
     if stage:
         return f"InternVL2_5-{stage[1].upper()}"
@@ -119,6 +121,7 @@ def _plain(name):
 
 def published_config(name):
     """Sizes of a published model, as a configuration; ``name`` is one of :data:`PUBLISHED`, or another one's."""
+    flash = _ROUTED if _FLASH.search(name) else {}
     name = _plain(name)
     vision, family, hidden, layers, heads, kv_heads, mlp, vocabulary = _SIZES[name]
     llm = {
@@ -133,4 +136,6 @@ def published_config(name):
         **_MORE.get(family, {}),
         **_MORE.get(name, {}),
     }
-    return InternVLChatConfig.from_dict({"vision_config": vision, "llm_config": llm, "use_thumbnail": True, "ps_version": "v2"})
+    return InternVLChatConfig.from_dict(
+        {"vision_config": vision, "llm_config": llm, "use_thumbnail": True, "ps_version": "v2", **flash}
+    )

@@ -2,13 +2,12 @@
 
   python paddlemix/examples/internvl2/demo_thinking.py
 
-makes a Qwen3 of less than a million parameters from nothing, trains it on sums of two digits with the system message of
+makes a Qwen3 of less than a million parameters from nothing, trains it to count with the system message of
 InternVL3.5's card, in a few minutes of a CPU, and asks it with ``thinking=True``. ``work_dirs/demo_thinking`` is then a
 checkpoint that ``paddlemix chat --thinking`` and ``paddlemix serve --thinking`` take.
 """
 
 import argparse
-import random
 import time
 from pathlib import Path
 
@@ -16,7 +15,8 @@ from paddlemix.errors import command_main
 from paddlemix.examples.internvl2 import cli
 from paddlemix.files import read_json
 
-QUESTION = "What is {} + {}?"
+QUESTION = "What comes after {}?"
+NUMBERS = range(10)
 LLM = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -34,9 +34,9 @@ LLM = {
 }
 
 
-def answer_to(a, b):
-    """What the toy is to say: a thought, then the sum."""
-    return f"<think>\nI add {b} to {a}: that is {a + b}.\n</think>\n\n{a + b}"
+def answer_to(number):
+    """What the toy is to say: a thought, then the next number."""
+    return f"<think>\nI count one on from {number}: {number}, {number + 1}.\n</think>\n\n{number + 1}"
 
 
 def make():
@@ -54,8 +54,8 @@ def make():
     return model, tokenizer
 
 
-def train(model, tokenizer, steps, batch, seed=0):
-    """``steps`` of AdamW on sums in any order; returns the losses."""
+def train(model, tokenizer, steps):
+    """``steps`` of AdamW, each on all numbers; returns the losses."""
     import numpy as np
     import paddle
 
@@ -63,22 +63,19 @@ def train(model, tokenizer, steps, batch, seed=0):
     from paddlemix.models.internvl2.conversation import encode_conversations
 
     template = model.template().with_system_message(SYSTEM_MESSAGE)
-    samples = {}
-    for a in range(10):
-        for b in range(10):
-            turns = [{"from": "human", "value": QUESTION.format(a, b)}, {"from": "gpt", "value": answer_to(a, b)}]
-            samples[a, b] = encode_conversations(turns, tokenizer, template, [])
-    drawn, losses = random.Random(seed), []
+    rows, losses = [], []
+    for number in NUMBERS:
+        turns = [{"from": "human", "value": QUESTION.format(number)}, {"from": "gpt", "value": answer_to(number)}]
+        rows.append(encode_conversations(turns, tokenizer, template, []))
+    width = max(len(ids) for ids, _ in rows)
+    ids, labels = (np.array([row[i] + [fill] * (width - len(row[i])) for row in rows]) for i, fill in ((0, 0), (1, -100)))
+    mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
     schedule = paddle.optimizer.lr.CosineAnnealingDecay(3e-3, steps)
     clip = paddle.nn.ClipGradByGlobalNorm(1.0)
     learned = model.language_model.parameters()
     optimiser = paddle.optimizer.AdamW(schedule, parameters=learned, weight_decay=0.01, grad_clip=clip)
     model.train()
     for step in range(steps):
-        rows = [samples[pair] for pair in drawn.sample(list(samples), batch)]
-        width = max(len(ids) for ids, _ in rows)
-        ids, labels = (np.array([row[i] + [fill] * (width - len(row[i])) for row in rows]) for i, fill in ((0, 0), (1, -100)))
-        mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         optimiser.step()
@@ -106,8 +103,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="work_dirs/demo_thinking", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or another Paddle device (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=400, help="updates (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=16, help="sums of an update (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=120, help="updates (default: %(default)s)")
     args = parser.parse_args()
 
     import paddle
@@ -118,18 +114,17 @@ def main():
     paddle.seed(0)
     model, tokenizer = make()
     start = time.monotonic()
-    train(model, tokenizer, args.steps, args.batch)
+    train(model, tokenizer, args.steps)
     output = Path(args.output_dir)
     model.save_pretrained(str(output))
     tokenizer.save_pretrained(str(output))
-    pairs = random.Random(1).sample([(a, b) for a in range(10) for b in range(10)], 20)
-    right = sum(ask(model, tokenizer, QUESTION.format(a, b))[0] == str(a + b) for a, b in pairs)
-    print(f"trained for {time.monotonic() - start:.0f} s; {right} of {len(pairs)} sums are right")
-    question = QUESTION.format(7, 5)
+    right = sum(ask(model, tokenizer, QUESTION.format(n))[0] == str(n + 1) for n in NUMBERS)
+    print(f"trained for {time.monotonic() - start:.0f} s; {right} of {len(NUMBERS)} answers are right")
+    question = QUESTION.format(7)
     answer, thought = ask(model, tokenizer, question)
     print(f"{question}\nthought: {thought}\nanswer: {answer}")
     chat = f"{cli.ROOT / 'examples/internvl2/chat_demo.py'} --model_name_or_path {output}"
-    print(f'try it:\n  python {chat} --image_path None --thinking --text "What is 3 + 4?"')
+    print(f'try it:\n  python {chat} --image_path None --thinking --text "What comes after 3?"')
 
 
 if __name__ == "__main__":
