@@ -144,7 +144,7 @@ class LocalModel:
         settings = self.settings
         return tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num)
 
-    def _compress(self, question):
+    def _compress(self, question, task):
         """What tells which positions of a prompt are left out; None: all are kept."""
 
     def answers(self, task, items):
@@ -175,7 +175,7 @@ class LocalModel:
                     if len(item) == 2:
                         raise DataError(item[1])
                     ids, pictures = prompt_and_pictures(model, tokenizer, template, item[3], item[4])
-                    yield key, ids, pictures, key if isinstance(key, int) else stream, self._compress(item[0])
+                    yield key, ids, pictures, key if isinstance(key, int) else stream, self._compress(item[0], task)
                 except UserError as error:
                     yield key, error
 
@@ -226,11 +226,36 @@ class LocalModel:
         return [self._result(p, a, len(self.tokenizer.encode(a)) >= most) for p, a in zip(prompts, answers)]
 
 
+# ((fewest, most) tiles of the finer scale, of the coarser one) by benchmark, as Mini-Monkey was evaluated (its scripts).
+_OTHERS = ((12, 24), (3, 5))
+_RANGES = {
+    "mme-realworld": _OTHERS,  # another benchmark than mme
+    "vqa-chartqa": ((4, 12), (1, 3)),
+    "vqa-docvqa": ((1, 24), (1, 8)),
+    "vqa-infovqa": ((5, 24), (3, 8)),
+    "ocrbench": ((8, 24), (3, 9)),
+    "ccbench": ((3, 8), (1, 4)),
+    "realworldqa": ((3, 12), (1, 4)),
+    "mme": ((3, 9), (1, 4)),
+    "pope": ((3, 9), (1, 4)),
+    "hallusion": ((3, 9), (1, 4)),
+}
+
+
+def ranges_of(name):
+    """Bounds on the tiles of Mini-Monkey's two scales for the benchmark of this name, for ``multi_scale_tiles``."""
+    words = name.split("-")
+    return _RANGES.get("-".join(words[:2])) or _RANGES.get(words[0]) or _OTHERS
+
+
 class TwoScales(LocalModel):
     """Mini-Monkey, which looks at one picture at two scales; with ``scm`` it drops half of the finer one's tokens."""
 
     def _most_tiles(self, task):
-        return (self.settings.max_num or 12) + 8
+        if self.settings.max_num:
+            return self.settings.max_num + 8
+        (_, fine), (_, coarse) = ranges_of(task.name)
+        return fine + coarse + 1
 
     def _tiles(self, question, task):
         from paddlemix.processors.minimonkey import multi_scale_tiles
@@ -239,17 +264,21 @@ class TwoScales(LocalModel):
             return None, [], ""
         if len(question.pictures) > 1 or question.clip:
             raise DataError(f"question {question.id} has several pictures, but Mini-Monkey looks at one: use another model")
-        pixels, _, _ = multi_scale_tiles(question.pictures[0], self.model.config.image_size, max_num=self.settings.max_num)
+        pixels, _, _ = multi_scale_tiles(question.pictures[0], self.model.config.image_size, **self._bounds(task))
         return pixels, [len(pixels)], ""
 
-    def _compress(self, question):
+    def _bounds(self, task):
+        """Tiles of the two scales: as published for the benchmark, unless --max_num says otherwise."""
+        return {"max_num": self.settings.max_num} if self.settings.max_num else {"ranges": ranges_of(task.name)}
+
+    def _compress(self, question, task):
         if self.settings.scales != "scm" or not question.pictures:
             return None
         from paddlemix.processors.image import open_image
         from paddlemix.processors.minimonkey import grids
 
         size = open_image(question.pictures[0]).size
-        grid, _ = grids(size, self.model.config.image_size, max_num=self.settings.max_num)
+        grid, _ = grids(size, self.model.config.image_size, **self._bounds(task))
         return functools.partial(self.model.dropped_of, grid=grid)
 
 
