@@ -1,5 +1,6 @@
 """The folder of a run: answers as they come, what the run was, and the score. An interrupted run loses no answer written."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -8,11 +9,31 @@ from paddlemix.errors import ConfigError, DataError
 from paddlemix.files import read_json
 
 
+@contextlib.contextmanager
+def _naming(path):
+    """Say of which file it is that there is no more room for it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+
+
+def _write_whole(path, text):
+    unfinished = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        with _naming(path), open(unfinished, "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # what is there already may need the room
+        raise
+    os.replace(unfinished, path)
+
+
 def write_json(path, values):
     """Write a JSON file, whole or not at all."""
-    unfinished = Path(path).with_name(f".{Path(path).name}.tmp")
-    unfinished.write_text(json.dumps(values, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    _write_whole(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
 def lines_of(rows):
@@ -105,25 +126,17 @@ class RunFolder:
         self._file = None
 
     def _rewrite(self, rows):
-        unfinished = self.path.with_name(".answers.tmp")
-        with open(unfinished, "w", encoding="utf-8") as file:
-            for index in sorted(rows):
-                file.write(json.dumps(rows[index], ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self.path)
+        _write_whole(self.path, lines_of(rows[index] for index in sorted(rows)))
 
     def add(self, rows):
         """Write answers; they are on the disk when this returns."""
         if self._file is None:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by finish; what fails is not tried again
-        try:
+        with _naming(self.path):
             left = memoryview(lines_of(rows).encode("utf-8"))
             while left:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
-        except OSError as error:  # the disk is full: say of which file
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.done |= {row["index"]: row for row in rows}
 
     def finish(self):
