@@ -137,6 +137,26 @@ def weight_options(args):
     return {"weight_dtype": weight_dtype, "quantize_parts": args.quantize_parts}
 
 
+def _ranks(text):
+    if text == "auto":
+        return text
+    if not text.isdecimal() or not 1 <= int(text[:5]) <= 4096:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number of devices, or auto")
+    return int(text)
+
+
+def add_tensor_parallel(group):
+    """The flag that divides a model over devices."""
+    group.add_argument(
+        "--tensor_parallel",
+        type=_ranks,
+        default=1,
+        metavar="N|auto",
+        help="divide every layer over N devices, or as many as the weights need; the command starts its processes itself "
+        "(default: 1)",
+    )
+
+
 def own_flags(args):
     """The values of a command's own flags, without those that every command has."""
     return {name: value for name, value in vars(args).items() if name not in ("threads", "cpus")}

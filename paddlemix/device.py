@@ -4,6 +4,7 @@ Everything else asks here: where to run (:func:`set_device`), in which dtype (:f
 there may be (:func:`fused_kernel`), and about memory and time. The rules and the traps behind them are in ``docs/npu.md``.
 """
 
+import contextlib
 import logging
 import os
 import resource
@@ -177,6 +178,28 @@ def never_holds_scores(kind, dtype):
 def brought(tensor):
     """``tensor`` on the device in use: Paddle leaves the gradient of an embedding on CPU, where it had to be computed there."""
     return tensor.to(paddle.get_device()) if tensor.place.is_cpu_place() and not is_cpu() else tensor
+
+
+def collectives():
+    """What Paddle calls the library through which processes on the device in use talk to each other."""
+    return {"cpu": "gloo", "gpu": "nccl"}.get(current(), "xccl")
+
+
+def of_rank(rank):
+    """Name of the device of number ``rank`` of the kind in use, counted from the one in use; all ranks share the CPU."""
+    kind, _, index = paddle.device.get_device().partition(":")
+    return kind if is_cpu(kind) else f"{kind}:{int(index or 0) + rank}"
+
+
+@contextlib.contextmanager
+def on_host():
+    """Within the block new tensors are in the host's memory, and what has only such is computed there."""
+    before = paddle.device.get_device()
+    paddle.set_device("cpu")
+    try:
+        yield
+    finally:
+        paddle.set_device(before)
 
 
 def synchronize():

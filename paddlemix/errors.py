@@ -53,6 +53,10 @@ class DeviceError(UserError):
     """The requested device or dtype is not available on this machine."""
 
 
+class ParallelError(UserError):
+    """Processes that compute together cannot start, or one of them has ended."""
+
+
 def command_main(main):
     """Decorate a command's ``main()``: a :class:`UserError` becomes one line on stderr and exit code 1; Ctrl-C gives 130.
 

@@ -9,7 +9,7 @@ Nothing here needs Paddle except :func:`load_checkpoint` and :func:`take_over`, 
 import itertools
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-def read_parameters(config, directory, dtype, quantised=(), skip=()):
+def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None):
     """Read a checkpoint in either layout, a few blocks at a time.
 
     Args:
@@ -42,6 +42,8 @@ def read_parameters(config, directory, dtype, quantised=(), skip=()):
         quantised: names of parameters that will be in few bits. They come as ``[out, in]``, in bfloat16 where all their parts
             are, else in float32; or as a :class:`~paddlemix.quantised.Quantised` where the files have them in few bits.
         skip: names of parameters that are not read.
+        shares: called with a parameter's name; the :class:`~.contents.Share` of it that is wanted, None for all of it, or
+            ``NOTHING``. None wants all of all.
 
     Yields:
         ``(name, array)`` for every parameter as soon as it is complete, in no particular order. Arrays have the
@@ -64,7 +66,9 @@ def read_parameters(config, directory, dtype, quantised=(), skip=()):
         stored.setdefault(source.weight.name, set()).add(source.location.dtype)
     targets = {name: "bfloat16" if stored[name] == {"bfloat16"} else "float32" for name in quantised if name in stored}
     source_weights = {source.weight.name: source.weight for source in checkpoint.sources}
-    arrays, turned, unread = {}, set(), {source.weight.name: len(source.weight.parts) for source in checkpoint.sources}
+    arrays, turned = {}, set()
+    wanted = checkpoint.sources if shares is None else list(_shared(checkpoint.sources, shares))
+    unread = Counter(source.weight.name for source in wanted)
     for weight, sources in _by_weight(checkpoint.sources, packed - set(skip)):
         with OpenFiles() as files:
             yield weight.name, _joined(weight, sources, files)
@@ -80,7 +84,7 @@ def read_parameters(config, directory, dtype, quantised=(), skip=()):
             yield source, files.get(source.location), arrays[weight.name], target
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        plain = [source for source in checkpoint.sources if source.weight.name not in packed and source.weight.name not in skip]
+        plain = [source for source in wanted if source.weight.name not in packed and source.weight.name not in skip]
         for _, sources in itertools.groupby(plain, key=lambda source: source.location.path):
             with OpenFiles() as files:
                 for name in _in_background(pool, fill, fill_calls(sources, files)):
@@ -115,6 +119,19 @@ def _joined(weight, sources, files):
     return joined(parts)
 
 
+NOTHING = object()
+
+
+def _shared(sources, shares):
+    for source in sources:
+        share = shares(source.weight.name)
+        if share is NOTHING:
+            continue
+        source = source if share is None else source.shared(share)
+        if source is not None:
+            yield source
+
+
 def _in_background(pool, function, calls, ahead=8):
     """Yield the results of ``function(*call)`` in order, working on no more than ``ahead`` calls at a time."""
     futures = deque()
@@ -139,7 +156,7 @@ def aligned_empty(shape, dtype, alignment=64):
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def load_checkpoint(model, directory, dtype, keep=None):
+def load_checkpoint(model, directory, dtype, keep=None, shares=None):
     """Give a model the weights of a checkpoint, in either layout.
 
     Args:
@@ -149,13 +166,14 @@ def load_checkpoint(model, directory, dtype, keep=None):
         dtype: ``float32``, ``bfloat16`` or ``float16``: what the parameters become.
         keep: called with a parameter's name; where it is False the parameter gets shape and dtype alone, for training that
             divides weights over processes. None keeps all.
+        shares: see :func:`read_parameters`.
 
     Raises:
         CheckpointError: see :func:`read_parameters`.
     """
     parameters, quantised = model.state_dict(), getattr(model, "quantised_layers", {})
     there = {name for name, layer in quantised.items() if layer.quantised is not None}  # from the cache
-    for name, array in read_parameters(model.config, directory, dtype, quantised, there):
+    for name, array in read_parameters(model.config, directory, dtype, quantised, there, shares):
         if name in quantised:
             quantised[name].take(array)
             continue

@@ -12,6 +12,8 @@ import re
 from collections import Counter
 from typing import NamedTuple
 
+import numpy as np
+
 from paddlemix.errors import CheckpointError
 from paddlemix.quantised import padded
 
@@ -19,7 +21,7 @@ from . import mxfp4, packed
 from .files import find_weight_files, fingerprint, name_some, open_weight_file
 from .hf_names import STACKED, is_hf, normalised
 from .names import Part, Weight, head_name
-from .tensors import ARRAY_DTYPES, DTYPES, convert_dtype
+from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype
 
 LAYOUTS = ("torch", "paddle", "hf")
 
@@ -39,13 +41,65 @@ class Location(NamedTuple):
     packed: "packed.Packed | None" = None
 
 
+class Share(NamedTuple):
+    """Which part of a parameter is wanted: along ``axis``, ``runs`` of ``(start in the whole, count)``, one after the other."""
+
+    axis: int
+    runs: tuple
+
+    @property
+    def size(self):
+        """How many places it has along its axis."""
+        return sum(count for _, count in self.runs)
+
+    def of(self, shape):
+        """The shape of the share of a parameter of ``shape``."""
+        return (*shape[: self.axis], self.size, *shape[self.axis + 1 :])
+
+    def take(self, array):
+        """The share of a whole ``array``."""
+        runs = [slice(start, start + count) for start, count in self.runs]
+        parts = [array[(slice(None),) * self.axis + (run,)] for run in runs]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, self.axis)
+
+    def put(self, array, share):
+        """Write a ``share`` in its places of the whole ``array``."""
+        at = 0
+        for start, count in self.runs:
+            before = (slice(None),) * self.axis
+            array[(*before, slice(start, start + count))] = share[(*before, slice(at, at + count))]
+            at += count
+
+
 class Source(NamedTuple):
-    """Where a part of a weight is found; ``by_columns``: rows of the stored tensor are inputs of the weight, not outputs."""
+    """Where a part of a weight is found; ``by_columns``: rows of the stored tensor are inputs of the weight, not outputs.
+
+    ``inputs``: of a linear weight of whose inputs a share is wanted, ``(input, place, count)`` each; None for all.
+    """
 
     location: Location
     weight: Weight
     part: Part
     by_columns: bool
+    inputs: tuple | None = None
+    is_share: bool = False
+
+    def shared(self, share):
+        """The same of a share of the weight, of which nothing else is read; None where nothing of the share is in this part."""
+        weight, part = self.weight._replace(shape=share.of(self.weight.shape)), self.part
+        places = [0]
+        for _, count in share.runs:
+            places.append(places[-1] + count)
+        if self.weight.linear and share.axis == 0:
+            inputs = tuple((start, at, n) for (start, n), at in zip(share.runs, places))
+            return self._replace(weight=weight, inputs=inputs, is_share=True)
+        runs = []
+        for row, output, count in part.runs:
+            for (start, n), at in zip(share.runs, places):
+                first, last = max(output, start), min(output + count, start + n)
+                if first < last:
+                    runs.append((row + first - output, at + first - start, last - first))
+        return self._replace(weight=weight, part=part._replace(runs=tuple(runs)), is_share=True) if runs else None
 
 
 class Checkpoint:
@@ -304,7 +358,10 @@ def converted(name, array, source, target):
 
 def fill(source, stored, array, dtype):
     """Put a published tensor in its place in the parameter ``array``; return the parameter's name."""
-    _, weight, part, by_columns = source
+    _, weight, part, by_columns, _, is_share = source
+    if is_share:
+        _fill_share(source, stored, array, dtype)
+        return weight.name
     outputs = array.T if weight.linear else array.reshape([-1]) if not array.ndim else array
     for start, stop, rows in _blocks_of(part, stored):
         rows = converted(part.name, rows, stored.dtype, dtype)
@@ -315,6 +372,24 @@ def fill(source, stored, array, dtype):
             for row, output in clip(part.runs, start, stop):
                 outputs[output] = rows[row]
     return weight.name
+
+
+def _fill_share(source, stored, array, dtype):
+    """:func:`fill` of a share, reading what is in it alone."""
+    _, weight, part, by_columns, inputs, _ = source
+    outputs = array.T if weight.linear else array  # rows of a weight are its outputs, as in the torch layout
+    if len(stored.shape) == 1:
+        for row, output, count in part.runs:
+            outputs[output : output + count] = converted(part.name, stored.read(row, row + count), stored.dtype, dtype)
+        return
+    across = inputs or ((0, 0, stored.shape[0 if by_columns else 1]),)
+    rows, columns = (across, part.runs) if by_columns else (part.runs, across)
+    target = outputs.T if by_columns else outputs
+    for row, at, count in rows:
+        for start, stop in blocks(count, stored.block_rows):
+            for column, place, width in columns:
+                values = stored.part(row + start, row + stop, column, column + width)
+                target[at + start : at + stop, place : place + width] = converted(part.name, values, stored.dtype, dtype)
 
 
 def _blocks_of(part, stored):

@@ -18,6 +18,7 @@ DTYPES = tuple(ARRAY_DTYPES)
 PACKED_DTYPES = {"U8": np.dtype("u1"), "I32": np.dtype("<i4"), "I64": np.dtype("<i8")}  # read too: numbers are packed in them
 
 _BLOCKPACKED_DTYPES = 1 << 18  # a block and its transpose stay in the second-level cache
+_SEEK_BYTES = 512  # as little of a row costs more calls than it saves bytes
 _BLOCK_ROWS = 64  # fewer rows would write less than a cache line at a time when a block is transposed
 
 
@@ -69,7 +70,8 @@ class StoredTensor:
     """A tensor in an open file.
 
     ``dtype`` is a name in :data:`DTYPES`, or the file's own word for a dtype that is not supported and cannot be read;
-    ``read(start, stop)`` returns rows as an array; ``block_rows`` is how many of them to ask for at a time.
+    ``read(start, stop)`` returns rows as an array; ``block_rows`` is how many of them to ask for at a time;
+    ``read_part(start, stop, first, last)`` returns columns of rows, reading no others where that pays; None where none does.
     """
 
     dtype: str
@@ -77,6 +79,13 @@ class StoredTensor:
     read: Callable[[int, int], np.ndarray]
     block_rows: int
     offset: int | None = None  # of the first byte in the file, where all lie in a row
+    read_part: Callable[[int, int, int, int], np.ndarray] | None = None
+
+    def part(self, start, stop, first, last):
+        """Columns ``first`` to ``last`` of rows ``start`` to ``stop``."""
+        if (first, last) == (0, self.shape[1]):
+            return self.read(start, stop)
+        return self.read(start, stop)[:, first:last] if self.read_part is None else self.read_part(start, stop, first, last)
 
     def blocks(self):
         """Yield ``(start, stop, rows)`` over the whole tensor."""
@@ -123,7 +132,15 @@ def contiguous(file, dtype, shape, offset):
         row = math.prod(shape[1:]) * itemsize
         return pread(file, offset + start * row, (stop - start, *shape[1:]), array_dtype)
 
-    return StoredTensor(dtype, shape, read, rows_per_block(shape, itemsize), offset)
+    def read_part(start, stop, first, last):
+        if (last - first) * itemsize < _SEEK_BYTES:
+            return read(start, stop)[:, first:last]
+        row, array = shape[1] * itemsize, np.empty([stop - start, last - first], array_dtype)
+        for i in range(start, stop):
+            array[i - start] = pread(file, offset + i * row + first * itemsize, (last - first,), array_dtype)
+        return array
+
+    return StoredTensor(dtype, shape, read, rows_per_block(shape, itemsize), offset, read_part if len(shape) == 2 else None)
 
 
 def name_some(names, most=5):

@@ -65,8 +65,14 @@ def _internvl(directory, settings):
         from paddlemix.models.minimonkey import MiniMonkeyChatModel as kind
     if settings.weight_dtype:
         more = {"weight_dtype": settings.weight_dtype, "quantize_parts": settings.quantize_parts}
+    if settings.tensor_parallel != 1:
+        if settings.scales or settings.adapters:
+            raise ConfigError("--tensor_parallel divides InternVL 1.1 to 3.5 with weights of their own: leave it out here")
+        more["tensor_parallel"] = settings.tensor_parallel
     if not settings.adapters:
-        return kind.from_pretrained(directory, dtype=settings.dtype, **more)
+        model = kind.from_pretrained(directory, dtype=settings.dtype, **more)
+        model.end_program_with_ranks()
+        return model
     if more:
         raise ConfigError("--adapter needs plain weights: leave out --load_8bit, or merge the adapters (paddlemix merge-lora)")
     from paddlemix.models.blocks.engine import choose, fuse

@@ -49,6 +49,7 @@ class Settings:
     quantize_parts: str | None = None
     scales: str | None = None
     ray: str | None = None
+    tensor_parallel: int | str = 1
 
 
 def prepare(task, settings):

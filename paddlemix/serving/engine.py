@@ -166,6 +166,10 @@ class Engine:
             raise ConfigError("--lora_modules needs plain weights: leave out --load_8bit and --load_4bit")
         if args.lora_modules and engine == "inference":
             raise ConfigError("--lora_modules needs plain weights: use --engine eager")
+        if args.lora_modules and args.tensor_parallel != 1:
+            raise ConfigError(
+                "--lora_modules needs whole weights: merge the adapters (paddlemix merge-lora), or leave them out"
+            )
         self.family.load("eager" if args.lora_modules else engine)
         model, self.tokenizer = self.family.model, self.family.tokenizer
         if args.lora_modules and model.quantised_layers:

@@ -35,8 +35,14 @@ class InternVL2:
             UserError: they cannot be loaded so.
         """
         model, load_tokenizer = self._parts()
-        args = self.args
-        self.model = model.from_pretrained(self.directory, dtype=args.dtype, engine=engine, **weight_options(args))
+        args, more = self.args, weight_options(self.args)
+        if args.tensor_parallel != 1:
+            if type(self) is not InternVL2:
+                raise ConfigError("--tensor_parallel is for InternVL 1.1 to 3.5: leave it out for this model")
+            more["tensor_parallel"] = args.tensor_parallel
+        self.model = model.from_pretrained(self.directory, dtype=args.dtype, engine=engine, **more)
+        if args.tensor_parallel != 1:
+            self.model.end_program_with_ranks()
         self.tokenizer = load_tokenizer(self.directory)
         self.model.set_tokenizer(self.tokenizer)
         self.model.eval()

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from paddlemix.commands import add_weight_flags
+from paddlemix.commands import add_tensor_parallel, add_weight_flags
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
@@ -15,6 +15,7 @@ def add_model_flags(parser):
     add("--device", default="auto", help="auto, or a Paddle device (default: auto)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="(default: auto)")
     add("--engine", default="auto", choices=["auto", "eager", "inference"], help="as of the chat command (default: auto)")
+    add_tensor_parallel(parser)
     add_weight_flags(parser)
     add("--lora_modules", nargs="+", default=[], type=_module, metavar="NAME=DIR", help="adapters, as further model names")
     add("--max_num_seqs", type=positive, default=16, help="answers made at once (default: 16)")

@@ -53,6 +53,7 @@ class ModelArguments:
     vision_select_layer: int = _arg(-1, "hidden state of the vision tower that is used; -1 for the last")
     use_backbone_lora: int = _arg(0, "rank of LoRA adapters in the vision tower; 0 for none")
     use_llm_lora: int = _arg(0, "rank of LoRA adapters in the language model; 0 for none")
+    lora_dropout: float = _arg(0.05, "share of the inputs of LoRA adapters that training leaves out")
     unfreeze_lm_head: bool = _arg(False, "train the output head even if the language model is frozen")
     grad_checkpoint: bool = _arg(False, "same as --recompute")
     drop_path_rate: float = _arg(0.0, "stochastic depth of the last vision block that is trained")
@@ -64,6 +65,8 @@ class ModelArguments:
         parts = self.vision_path is not None and self.llm_path is not None
         if self.model_name_or_path is None and not parts:
             raise ConfigError("no model to train: set --model_name_or_path, or both --vision_path and --llm_path")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"--lora_dropout is {self.lora_dropout}: it must be from 0 to below 1")
         if self.model_name_or_path is not None and (self.vision_path or self.llm_path):
             raise ConfigError("--model_name_or_path is a whole model: leave out --vision_path and --llm_path, or it")
 
@@ -161,6 +164,10 @@ class PreTrainingArguments:
         ("", "stage1", "stage2", "stage3"),
     )
     sharding_parallel_degree: int = _arg(-1, "processes to divide over: all")
+    offload_optim: bool = _arg(False, "keep master weights and moments in the host's memory, and update there")
+    overlap_communication: bool = _arg(True, "send gradients and weights while something is computed")
+    tensor_parallel_degree: int = _arg(1, "processes that divide every layer; those of one share of the data")
+    expert_parallel_degree: int = _arg(-1, "processes that experts are dealt over: those of --tensor_parallel_degree")
 
     logging_steps: int = _arg(500, "steps between two lines of the log")
     logging_first_step: bool = _arg(False, "log the first step too")
@@ -201,6 +208,12 @@ class PreTrainingArguments:
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least 1")
+        self.tensor_parallel_degree = max(1, self.tensor_parallel_degree)
+        if self.expert_parallel_degree not in (-1, 0, 1, self.tensor_parallel_degree):
+            raise ConfigError(
+                f"--expert_parallel_degree is {self.expert_parallel_degree}: experts are dealt over the ranks that divide the "
+                "other layers, so set --tensor_parallel_degree and leave it out"
+            )
         if self.sharding == "stage3":
             self.recompute = True  # the weights of a block are gone by the time of its backward pass
         if not 0 <= self.warmup_ratio <= 1:
@@ -249,7 +262,7 @@ CLASSES = (ModelArguments, DataTrainingArguments, PreTrainingArguments)
 # PaddleNLP's flags about how it divides the work: their values that describe what is done here.
 _ONLY = {
     **dict.fromkeys(
-        [f"{kind}_parallel_degree" for kind in ("tensor", "pipeline", "sep", "context", "expert")],
+        [f"{kind}_parallel_degree" for kind in ("pipeline", "sep", "context")],
         ("-1", "0", "1"),
     ),
     "hybrid_parallel_topo_order": ("pp_first", "sharding_first"),
@@ -257,7 +270,6 @@ _ONLY = {
     "remove_unused_columns": ("true", "false", "1", "0"),
     "logging_strategy": ("steps",),
     "flatten_param_grads": ("false", "0"),
-    "offload_optim": ("false", "0"),
     "do_predict": ("false", "0"),
     "do_export": ("false", "0"),
     "load_4bit": ("false", "0"),  # weights of few bits are not trained on

@@ -13,7 +13,7 @@ from .plan import learns
 _log = logging.getLogger(__name__)
 
 
-def build_model(model_args, data_args, dtype, checkpoint=None, keep=None):
+def build_model(model_args, data_args, dtype, checkpoint=None, keep=None, ranks=None):
     """The model and its tokenizer.
 
     Args:
@@ -22,6 +22,7 @@ def build_model(model_args, data_args, dtype, checkpoint=None, keep=None):
         checkpoint: directory of a checkpoint to go on from, instead of the model that the arguments name.
         keep: called with the configuration; what it returns is called with names of parameters, and those for which it is
             False are left without memory.
+        ranks: the :class:`~paddlemix.parallel.groups.Group` that divides each layer; None for this process alone.
 
     Returns:
         (model, tokenizer, directory that the model came from or None).
@@ -30,13 +31,18 @@ def build_model(model_args, data_args, dtype, checkpoint=None, keep=None):
         UserError: files are missing or damaged, or arguments and model do not fit together.
     """
     if checkpoint is None and model_args.model_name_or_path is None:
+        if ranks is not None:
+            raise ConfigError(
+                "--tensor_parallel_degree needs a whole model: put it together first (a run of --max_steps 1 without it), "
+                "and start from its --output_dir by --model_name_or_path"
+            )
         model, tokenizer = assemble(model_args, data_args, dtype, keep)
         directory = None
     else:
         directory = resolve(checkpoint or model_args.model_name_or_path)
         tokenizer = load_tokenizer(directory)
         chosen = None if keep is None else keep(InternVLChatConfig.from_pretrained(directory))
-        model = InternVLChatModel.from_pretrained(directory, dtype=dtype, engine="eager", keep=chosen)
+        model = InternVLChatModel.from_pretrained(directory, dtype, "eager", chosen, tensor_parallel=ranks or 1)
         new = tokenizer.add_tokens(NEW_TOKENS)
         if new:
             raise ConfigError(
@@ -97,9 +103,9 @@ def prepare(model, model_args, recompute):
         ConfigError: nothing does.
     """
     if model_args.use_backbone_lora:
-        wrap_backbone_lora(model, model_args.use_backbone_lora)
+        wrap_backbone_lora(model, model_args.use_backbone_lora, model_args.lora_dropout)
     if model_args.use_llm_lora:
-        wrap_llm_lora(model, model_args.use_llm_lora)
+        wrap_llm_lora(model, model_args.use_llm_lora, model_args.lora_dropout)
     layers = model.vision_model.encoder.layers
     for i, layer in enumerate(layers):
         layer.drop_path = model_args.drop_path_rate * i / max(len(layers) - 1, 1)

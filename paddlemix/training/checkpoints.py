@@ -104,7 +104,7 @@ class Checkpoints:
         unfinished = os.path.join(self.directory, f"{_UNFINISHED}-{step}")
         final = os.path.join(self.directory, f"checkpoint-{step}")
         self.processes.first_then_others(lambda: os.makedirs(unfinished, exist_ok=True))
-        if optimizer_arrays is not None:
+        if optimizer_arrays is not None and self.processes.tensor.is_first:
             save_file(optimizer_arrays, os.path.join(unfinished, f"optimizer-{rank}.safetensors"))
         if self.processes.is_first:
             write_model(unfinished)

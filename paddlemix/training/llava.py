@@ -186,6 +186,8 @@ class LlavaRecipe(ChatRecipe):
         model_args, data_args, args: from :func:`parse_llava`.
     """
 
+    divides_layers = False
+
     def __init__(self, model_args, data_args, args):
         self.model_args, self.data_args, self.args = model_args, data_args, args
         self._adapters = None

@@ -8,6 +8,7 @@ Everything is computed from the configuration and the arguments. Weights, gradie
 the counts were checked against Paddle's own allocation counters on CPU (``tests/training/test_plan.py``).
 """
 
+import copy
 import dataclasses
 import math
 import os
@@ -16,9 +17,11 @@ import sys
 from dataclasses import dataclass
 
 from paddlemix import device
+from paddlemix.checkpoints.checkpoint import NOTHING
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import DataError, DeviceError, command_main
 from paddlemix.models.blocks.adapters import with_adapters
+from paddlemix.models.blocks.division import Division
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
 
 from .arguments import parse
@@ -124,7 +127,7 @@ class Memory:
         return self.weights + self.optimizer + self.gradients + max(self.activations, self.update)
 
 
-def memory(config, counts, train_args, batch, processes, flash, freeze_backbone, image_size):
+def memory(config, counts, train_args, batch, processes, flash, freeze_backbone, image_size, ranks=1):
     """Memory of a training step on one device.
 
     Args:
@@ -136,7 +139,9 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
         flash: whether attention runs in a kernel that never holds the scores.
         freeze_backbone: whether nothing of the vision tower is trained.
         image_size: side of a tile in pixels.
+        ranks: how many divide every layer; ``counts`` and ``processes`` are then of one of them, and of those with its share.
     """
+    config = config if ranks == 1 else _narrowed(config, ranks)
     half = train_args.half is not None
     weight = 2 if half and train_args.fp16_opt_level == "O2" else 4
     total = sum(size for size, _ in counts.values())
@@ -148,7 +153,7 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
     gradients = weight * learned  # what the backward pass leaves
     gone = 0  # by the time of the update
     if stage == 3:
-        total, least, gradients = _divided_weights(counts, processes)
+        total, least, gradients = _divided_weights(counts, processes, train_args.overlap_communication)
         gradients *= weight
         gone = weight * (total - least) + gradients
     if stage >= 2:
@@ -156,6 +161,7 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
     elif train_args.amp_master_grad:
         gradients += 4 * learned
     masters = 4 * owned if weight == 2 else 0
+    states = 0 if train_args.offload_optim else 8 * owned + masters
     element = 2 if half else 4
     kept, moments = zip(
         _vision_activations(config, batch, element, flash, freeze_backbone, train_args.recompute, image_size),
@@ -164,7 +170,23 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
     activations = sum(kept) + max(moments)
     # float32 copies of the gradients where they are not sums in float32 already, and these again after scaling
     update = 4 * owned * (2 if weight == 2 and not (stage >= 2 or train_args.amp_master_grad) else 1)
-    return Memory(weight * total, 8 * owned + masters, gradients, activations, max(update - gone, 0))
+    return Memory(weight * total, states, gradients, activations, max(update - gone, 0))
+
+
+def _narrowed(config, ranks):
+    """A configuration whose blocks keep what those of one of ``ranks`` do: inner widths are divided, the width is not."""
+    config, llm, vision = (copy.copy(part) for part in (config, config.llm_config, config.vision_config))
+    config.llm_config, config.vision_config = llm, vision
+    for part, name in (
+        (llm, "num_attention_heads"),
+        (llm, "num_key_value_heads"),
+        (llm, "intermediate_size"),
+        (llm, "vocab_size"),
+        (vision, "num_attention_heads"),
+        (vision, "intermediate_size"),
+    ):
+        setattr(part, name, -(-getattr(part, name) // ranks))
+    return config
 
 
 def divide(sizes, processes):
@@ -203,10 +225,11 @@ def _largest_share(sizes, owners, processes):
 _BLOCK = re.compile(r"(?:vision_model\.encoder|language_model\.model)\.layers\.\d+\.")
 
 
-def _divided_weights(counts, processes):
+def _divided_weights(counts, processes, overlap):
     """With stage 3, in values: the most weights that a process has at once, those that it owns, and gradients before sums.
 
-    At most what it owns, what is outside the blocks, and one block; see :mod:`~.sharding`.
+    At most what it owns, what is outside the blocks, and one block; with ``overlap`` one more block, whose weights are on their
+    way, and the gradients of another, which are on theirs; see :mod:`~.sharding`.
     """
     owners, blocks, learning = deal(counts, processes), {}, {}
     outside = learning_outside = 0
@@ -223,7 +246,8 @@ def _divided_weights(counts, processes):
             learning_outside += size * learned
     largest = max(learning.values(), default=0)
     # The gradients of a block, and the same once more in one piece that is sent.
-    return max(inside) + outside + max(blocks.values(), default=0), max(owned), learning_outside + 2 * largest
+    ahead = 1 + overlap
+    return max(inside) + outside + ahead * max(blocks.values(), default=0), max(owned), learning_outside + (1 + ahead) * largest
 
 
 def _adapter_inputs(config, counts):
@@ -334,8 +358,23 @@ def plan(config, model_args, data_args, train_args, processes, kind):
     batch = largest_batch(config, data_args, train_args)
     frozen = not any(learned for name, (_, learned) in counts.items() if name.startswith("vision_model."))
     flash = device.never_holds_scores(kind, train_args.half)
-    needed = memory(config, counts, train_args, batch, processes, flash, frozen, data_args.force_image_size)
+    shares = train_args.tensor_parallel_degree
+    own = counts if shares == 1 else _divided(config, model_args, counts, shares)
+    needed = memory(config, own, train_args, batch, processes // shares, flash, frozen, data_args.force_image_size, shares)
     return counts, batch, needed
+
+
+def _divided(config, model_args, counts, ranks):
+    """``counts`` of the first of so many ranks that divide every layer, which has the largest share."""
+    chosen = {"use_llm_lora": model_args.use_llm_lora, "use_backbone_lora": model_args.use_backbone_lora}
+    config = dataclasses.replace(config, **{key: value or getattr(config, key) for key, value in chosen.items()})
+    division, shapes = Division(config, 0, ranks), {weight.name: weight.shape for weight in config.weight_table()}
+    own = {}
+    for name, (size, learned) in counts.items():
+        share = division.share(name)
+        if share is not NOTHING:
+            own[name] = (size if share is None else math.prod(share.of(shapes[name])), learned)
+    return own
 
 
 def describe(config, model_args, data_args, train_args, processes, kind, device_memory=None):
@@ -379,8 +418,9 @@ def describe(config, model_args, data_args, train_args, processes, kind, device_
             samples = sum(len(source) for source in read_meta(data_args.meta_path))
         except DataError as error:  # a plan can be made before the data are here
             return "\n".join([*lines, f"number of steps not known: {error}"])
-        steps = count_steps(samples, train_args, processes)
-        an_update = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps * processes
+        shares = processes // train_args.tensor_parallel_degree
+        steps = count_steps(samples, train_args, shares)
+        an_update = train_args.per_device_train_batch_size * train_args.gradient_accumulation_steps * shares
         lines.append(f"samples of an epoch   {samples:11,}")
         lines.append(f"samples of an update  {an_update:11,}")
         lines.append(f"updates               {steps:11,}")
@@ -399,11 +439,11 @@ def memory_table():
     for name in (*PUBLISHED, *LATER):
         size = int(re.search(r"(\d+)B", name)[1])  # in billions, of all experts
         config = published_config(name)
-        usual = 1 if size >= 78 else 2 if size >= 26 else 4
-        cards = {38: 16, 40: 16, 78: 32, 241: 64}.get(size, 8)
+        usual = 1 if size >= 76 else 2 if size >= 26 else 4
+        cards = {38: 16, 40: 16, 76: 32, 78: 32, 241: 64}.get(size, 8)
         for method, processes, per_device in (
             ("full", cards, usual),
-            ("LoRA 16", 8 if size >= 78 else 2, usual),
+            ("LoRA 16", 8 if size >= 76 else 2, usual),
             ("LoRA 16", 1, 1),
         ):
             lora = method != "full"
@@ -420,7 +460,7 @@ def memory_table():
                 fp16_opt_level="O2",
                 amp_master_grad=True,
                 recompute=True,
-                sharding="stage2" if size >= (26 if lora else 8) else "stage1",
+                sharding="stage3" if size >= (38 if lora else 26) else "stage2" if size >= (26 if lora else 8) else "stage1",
             )
             _, _, needed = plan(config, model_args, data_args, train_args, processes, device.PUBLISHED)
             values = (needed.weights, needed.optimizer, needed.gradients, needed.activations, needed.peak + OVERHEAD)

@@ -335,6 +335,7 @@ class PreferenceRecipe(ChatRecipe):
     encoder, collator = PreferenceEncoder, PairCollator
     parse = staticmethod(parse_preference)
     skip, drawn = True, True
+    divides_layers = False
 
     def __init__(self, model_args, preference):
         self.model_args, self.preference, self._validates = model_args, preference, False

@@ -1,49 +1,49 @@
 """The processes of a run, one a device, that work on the same step at the same time."""
 
-import time
+import json
 
-import numpy as np
-import paddle
 import paddle.distributed as dist
-from paddle.base import core
+
+from paddlemix.parallel.launched import data_group, tensor_group, world_group
 
 
 class Processes:
     """Which process this is, and what they tell each other. With one process nothing is sent.
 
+    Processes that divide layers (tensor parallel) have the same data, and count as one.
+
+    Args:
+        tensor: how many processes divide a layer.
+
     Attributes:
-        rank, world: number of this process and how many there are.
+        rank, world: number of this process's share of the data and how many shares there are.
+        tensor, data, everybody: the :class:`~paddlemix.parallel.groups.Group` of those that divide a layer with this one, of
+            those that have the same share of it, and of all.
     """
 
-    def __init__(self):
+    def __init__(self, tensor=1):
         if dist.ParallelEnv().world_size > 1 and not dist.is_initialized():
-            dist.init_parallel_env()
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._turns = 0
+            dist.init_parallel_env()  # for losses that go over all processes by Paddle's own group
+        self.everybody = world_group()
+        self.tensor, self.data = tensor_group(tensor), data_group(tensor)
+        self.rank, self.world = self.data.rank, self.data.size
 
     @property
     def is_first(self):
         """Whether this is the process that writes and reports."""
-        return self.rank == 0
+        return self.everybody.is_first
 
     def sum(self, values):
-        """Sums of ``values``, a list of numbers, over all processes: float64 array."""
-        values = np.asarray(values, dtype=np.float64)
-        if self.world > 1:
-            # Two float32 carry most of a float64 to devices that have none.
-            high = values.astype(np.float32)
-            tensor = paddle.to_tensor(np.stack([high, (values - high).astype(np.float32)]))
-            dist.all_reduce(tensor)
-            values = tensor.numpy().astype(np.float64).sum(0)
-        return values
+        """Sums of ``values``, a list of numbers, over all shares of the data: float64 array.
+
+        Where processes of one share differ, as one that has failed does, it is not 0 in any.
+        """
+        return self.everybody.sum_numbers(values) / self.tensor.size
 
     def gather(self, value):
-        """List of every process's ``value``, any object."""
-        if self.world == 1:
-            return [value]
-        values = []
-        dist.all_gather_object(values, value)
-        return values
+        """List of the ``value`` of every share of the data, as for JSON."""
+        texts = self.everybody.gather_bytes(json.dumps(value).encode()) if self.everybody.size > 1 else None
+        return [value] if texts is None else [json.loads(text) for text in texts[:: self.tensor.size]]
 
     def wait(self, everybody=True):
         """Wait until all processes are here, or only the first (``everybody=False``).
@@ -51,15 +51,7 @@ class Processes:
         Through the store that the processes met at: collectives give up after 30 seconds on CPU, and writing a large
         model takes longer.
         """
-        if self.world == 1:
-            return
-        store, key = core.create_or_get_global_tcp_store(), f"paddlemix/turn/{self._turns}"
-        self._turns += 1
-        if everybody or self.is_first:
-            store.add(key, 1)
-        needed = self.world if everybody else 1
-        while store.add(key, 0) < needed:
-            time.sleep(0.05)
+        self.everybody.meet(first_alone=not everybody)
 
     def first_then_others(self, function):
         """Call ``function`` in the first process, and in the others once it has returned; for what leaves a cache."""

@@ -24,6 +24,7 @@ _PUBLISHED = {
     "InternVL2-8B": (_VIT_300M, "InternLM2", 4096, 32, 32, 8, 14336, 92553),
     "InternVL2-26B": (_VIT_6B, "InternLM2", 6144, 48, 48, 8, 16384, 92553),
     "InternVL2-40B": (_VIT_6B, "Llama", 7168, 60, 56, 8, 20480, 64009),
+    "InternVL2-Llama3-76B": (_VIT_6B, "Llama", 8192, 80, 64, 8, 28672, 128265),
     "InternVL2_5-1B": (_VIT_300M, "Qwen2", 896, 24, 14, 2, 4864, 151674),
     "InternVL2_5-2B": (_VIT_300M, "InternLM2", 2048, 24, 16, 8, 8192, 92553),
     "InternVL2_5-4B": (_VIT_300M, "Qwen2", 2048, 36, 16, 2, 11008, 151674),

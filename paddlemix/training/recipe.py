@@ -100,6 +100,7 @@ class ChatRecipe:
     measure, costs = staticmethod(measure), staticmethod(costs)
     # A record that cannot be used: whether nothing takes its place. Where a share of a data set is used: whether it is drawn.
     skip, drawn = False, False
+    divides_layers = True  # whether layers may be divided over processes (tensor parallel)
     sized = True  # whether all samples may be measured before, so that processes have as much to do as others
 
     def dataset(self, model, tokenizer, data_args, seed):

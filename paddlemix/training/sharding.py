@@ -14,7 +14,6 @@ import functools
 import sys
 
 import paddle
-import paddle.distributed as dist
 
 from .plan import deal
 
@@ -30,7 +29,8 @@ class ShardedWeights:
     def __init__(self, model, optimizer):
         self.model, self.optimizer, self.rank = model, optimizer, optimizer.rank
         self.parameters = dict(model.named_parameters())
-        self.owners = deal({name: (p.size, not p.stop_gradient) for name, p in self.parameters.items()}, optimizer.world)
+        counts = {name: (p.size, not p.stop_gradient) for name, p in self.parameters.items()}
+        self.owners = deal(counts if optimizer.divided is None else optimizer.divided.counts, optimizer.world)
         assert optimizer.owners.items() <= self.owners.items()
         names = {id(p): name for name, p in self.parameters.items()}
         tower, decoder = model.vision_model.encoder.layers, model.language_model.model.layers
@@ -39,11 +39,18 @@ class ShardedWeights:
         for layer in tower:
             layer.forward = _in_groups(layer.forward, group)
         blocks = {layer: [names[id(p)] for p in layer.parameters()] for layer in (*tower, *decoder)}
+        self._ahead, self._next = {}, {}  # blocks whose weights are on their way, and which comes after which
         for layer, inside in blocks.items():
             layer.forward = self._with_weights(layer.forward, inside)
             self._collect_after_backward([name for name in inside if name in optimizer.parameters])
         used = tower[: select if select >= 0 else len(tower) + 1 + select]
         self._used = [blocks[layer] for layer in (*used, *decoder)]
+        again = [*(used if model.vision_model.training else ()), *decoder]  # those that are computed again, last first
+        order = [(layer, False) for layer in (*used, *decoder)] + [(layer, True) for layer in reversed(again)]
+        keys = [(blocks[layer][0], backward) for layer, backward in order]
+        self._next = dict(zip(keys, keys[1:])) if optimizer.group.overlaps else {}
+        self._blocks = {inside[0]: inside for inside in blocks.values()}
+        self._seen = set()  # blocks that this pass has computed
         inside = {name for block in blocks.values() for name in block}
         self._outside = [name for name in self.parameters if name not in inside]
         self._held = False
@@ -63,12 +70,42 @@ class ShardedWeights:
                 self._release(self._outside)
 
     @paddle.no_grad()
-    def _gather(self, names):
+    def _gather(self, names, later=False):
+        pending = []
         for name in names:
             p, owner = self.parameters[name], self.owners[name]
             if owner != self.rank:
                 paddle.empty(p.shape, p.dtype)._share_buffer_to(p)
-            dist.broadcast(p, src=owner)
+            pending.append(self.optimizer.group.broadcast_later(p, owner))
+        if later:
+            return pending
+        for sent in pending:
+            sent.result()
+
+    def _fetch(self, first):
+        """Have the weights of the block that begins with the parameter ``first``, and those of the next on their way.
+
+        Which is next is the same in every process; where it turns out to be another, those that came are dropped.
+        """
+        backward = first in self._seen
+        self._seen.add(first)
+        pending = self._ahead.pop(first, None)
+        if pending is None:
+            self._drop_ahead()
+            self._gather(self._blocks[first])
+        else:
+            for sent in pending:
+                sent.result()
+        following = self._next.get((first, backward))
+        if following is not None and (paddle.is_grad_enabled() or not following[1]) and following[0] != first:
+            self._ahead[following[0]] = self._gather(self._blocks[following[0]], later=True)
+
+    def _drop_ahead(self):
+        for first, pending in self._ahead.items():
+            for sent in pending:
+                sent.result()
+            self._release(self._blocks[first])
+        self._ahead = {}
 
     def _release(self, names):
         for name in names:
@@ -77,7 +114,7 @@ class ShardedWeights:
 
     def _with_weights(self, forward, names):
         def gathered(*inputs):
-            self._gather(names)
+            self._fetch(names[0])
             try:
                 return forward(*inputs)
             finally:
@@ -87,6 +124,7 @@ class ShardedWeights:
 
     def _from_here_on(self, forward):
         def gathered(**inputs):
+            self._begin_pass()
             if self._held:
                 return forward(**inputs)
             self._gather(self._outside)
@@ -110,12 +148,18 @@ class ShardedWeights:
         for name in names:
             self.parameters[name]._register_backward_hook(functools.partial(done, name))
 
+    def _begin_pass(self):
+        self._drop_ahead()
+        self._seen = set()
+
     def end_backward(self):
         """Call after every backward pass."""
+        self._begin_pass()
         self._release(self._outside)
 
     def attend(self):
         """Take part in a forward pass of the others, without one's own and without gradients."""
+        self._begin_pass()
         for names in (self._outside, *self._used):
             self._gather(names)
             self._release(names)
@@ -123,6 +167,7 @@ class ShardedWeights:
     def whole(self):
         """``{name: array}`` of all weights in the first process, in the host's memory; None in the others."""
         arrays = {}
+        self._begin_pass()
         for name, p in self.parameters.items():
             self._gather([name])
             if self.rank == 0:

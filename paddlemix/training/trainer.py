@@ -18,9 +18,12 @@ import paddle
 from paddlemix import device
 from paddlemix.datasets.internvl2 import BadSampleLog
 from paddlemix.errors import ConfigError, TrainingError, UserError
+from paddlemix.models.blocks.parallel import whole_parameters
+from paddlemix.parallel.groups import now_doing
 
 from .building import train_mode
 from .checkpoints import Checkpoints, read_optimizer, read_state, save_model
+from .divided import DividedParameters
 from .log import TrainLog, peak_flops, training_flops
 from .objective import CausalObjective
 from .optimizer import Optimizer
@@ -123,8 +126,10 @@ class Trainer:
 
     def __init__(self, model, parameters, args, processes, total, decays=None, rates=None, objective=None):
         self.model, self.args, self.processes, self.total = model, args, processes, total
-        self.optimizer = Optimizer(parameters, args, decays, rates)
+        divided = None if getattr(model, "group", None) is None else DividedParameters(model)
+        self.optimizer = Optimizer(parameters, args, decays, rates, processes.data, divided)
         self.weights = ShardedWeights(model, self.optimizer) if self.optimizer.stage == 3 else None
+        self.optimizer.watch(model)
         self.half = None if device.is_cpu() else args.half
         self.set_objective(objective or CausalObjective())
 
@@ -158,11 +163,14 @@ class Trainer:
             TrainingError: the loss or the gradients are not finite; nothing was updated.
         """
         # Dropout and stochastic depth are decided by the step, so that a resumed run goes on as the first would have.
+        now_doing(f"step {number + 1}")
         paddle.seed((self.args.seed * 1_000_003 + number) * 4099 + self.processes.rank)
         totals = self.processes.sum(np.sum([self.objective.weights(batch) for batch in batches], axis=0))
         losses = []
-        for batch in batches:
+        self.optimizer.arrive_outside()
+        for number_here, batch in enumerate(batches, 1):
             loss = self._loss(batch, totals)
+            self.optimizer.begin_backward(last=number_here == len(batches))
             (loss * self.optimizer.loss_scale).backward()
             self.optimizer.accumulate()
             if self.weights:
@@ -191,6 +199,7 @@ class Trainer:
     @paddle.no_grad()
     def evaluate(self, batches):
         """Mean loss over all labels (or pairs) of ``batches`` and of those of the other processes."""
+        self.optimizer.arrive()
         self.model.eval()
         loss = weight = 0.0
         for batch in batches if self.weights is None else self._in_step(batches):
@@ -206,6 +215,7 @@ class Trainer:
 
         With stage 3 each block has its weights while it runs, so that all processes run all of them in step.
         """
+        self.optimizer.arrive()
         self.model.eval()
         holding = self.weights.hold() if self.weights else contextlib.nullcontext()
         with self.autocast(), holding:
@@ -230,7 +240,10 @@ class Trainer:
 
     def save(self, tokenizer, source):
         """Function that writes the model to a directory; all processes call this, and the first one what it returns."""
+        self.optimizer.arrive()
         weights = self.weights and self.weights.whole()
+        if self.optimizer.divided is not None:
+            weights = whole_parameters(self.model, weights) if self.processes.rank == 0 else None
         return lambda directory: self.write(self.model, tokenizer, directory, source, weights)
 
 
@@ -243,6 +256,10 @@ def _check_evaluation(data_args, args, scorer):
     """Raise ConfigError where there is nothing to evaluate, or the best model is to be told by what is not evaluated."""
     if args.eval_tasks and scorer is None:
         raise ConfigError("--eval_tasks is not supported by this command: leave it out, or use paddlemix evaluate afterwards")
+    if args.eval_tasks and args.tensor_parallel_degree > 1:
+        raise ConfigError(
+            "--eval_tasks asks whole models: leave out --tensor_parallel_degree, or use paddlemix evaluate afterwards"
+        )
     known = [*(scorer.names if scorer else ()), *(["loss"] if data_args.eval_meta_path else ())]
     if (args.do_eval or args.evaluation_strategy != "no") and not known:
         raise ConfigError(
@@ -275,7 +292,9 @@ def finetune(model_args, data_args, args, recipe=None, scorer=None):
         raise ConfigError("--use_packed_ds has no common epochs: use steps for --save_strategy and evaluation")
     _check_evaluation(data_args, args, scorer)
     device.set_device(args.device)
-    processes = Processes()
+    if args.tensor_parallel_degree > 1 and not recipe.divides_layers:
+        raise ConfigError("--tensor_parallel_degree is for fine-tuning and pretraining of chat models: leave it out here")
+    processes = Processes(args.tensor_parallel_degree)
     checkpoints = Checkpoints(args.output_dir, processes, args.save_total_limit)
     checkpoints.start(args.overwrite_output_dir)
     resumed = args.resume_from_checkpoint or checkpoints.last()
@@ -285,7 +304,8 @@ def finetune(model_args, data_args, args, recipe=None, scorer=None):
     dtype = half if half and args.fp16_opt_level == "O2" else "float32"
     paddle.seed(args.seed)  # new weights are alike in all processes
     keep = _owned(model_args, processes) if args.sharding == "stage3" else None
-    model, tokenizer, source = recipe.build_model(model_args, data_args, dtype, resumed, keep)
+    more = {"ranks": processes.tensor} if processes.tensor.size > 1 else {}
+    model, tokenizer, source = recipe.build_model(model_args, data_args, dtype, resumed, keep, **more)
     trained = recipe.prepare(model, model_args, args.recompute or model_args.grad_checkpoint)
 
     data, total = training_data(model, tokenizer, data_args, args, processes, recipe) if args.do_train else (None, 0)
@@ -444,7 +464,7 @@ class _Run:
         losses = [loss for loss, _ in self._noted]
         local = np.sum([sums for _, sums in self._noted], axis=0)
         tokens, places, samples, tiles, flops, data_time, step_time = self.processes.sum(local)
-        world = self.processes.world
+        world, devices = self.processes.world, self.processes.everybody.size
         values = {
             "loss": sum(losses) / steps,
             "learning_rate": rate,
@@ -452,7 +472,7 @@ class _Run:
             "tokens_per_second": tokens / elapsed,
             "samples_per_second": samples / elapsed,
             "tiles_per_step": tiles / steps,
-            "mfu": flops / world / elapsed / self._peak,
+            "mfu": flops / devices / elapsed / self._peak,
             "step_time": step_time / world / steps,
             "data_time": data_time / world / steps,
             "memory_gb": device.peak_memory() / 1e9,
@@ -493,8 +513,7 @@ class _Run:
 
     def _save(self, done):
         optimizer = self.trainer.optimizer
-        arrays = optimizer.state() if optimizer.stage or self.processes.is_first else None
-
+        arrays = optimizer.state() if optimizer.stage or self.processes.rank == 0 else None
         write = self.trainer.save(*self.origin)
         state = {**self.data.state(), "objective": self.trainer.objective.state()}
         self.checkpoints.save(done, write, arrays, state)

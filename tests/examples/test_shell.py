@@ -21,6 +21,7 @@ V2 = {
     "4b_phi3_3_8b": ("InternVL2-4B", "phi3-chat", 8, 4, 4e-5, 0.01, 0.1),
     "8b_internlm2_7b": ("InternVL2-8B", "internlm2-chat", 8, 4, 4e-5, 0.05, 0.1),
     "26b_internlm2_20b": ("InternVL2-26B", "internlm2-chat", 8, 2, 2e-5, 0.05, 0.4),
+    "76b_hermes2_llama3_70b": ("InternVL2-Llama3-76B", "internlm2-chat", 32, 1, 2e-5, 0.05, 0.4),
     "40b_hermes2_yi_34b": ("InternVL2-40B", "Hermes-2", 16, 2, 2e-5, 0.05, 0.4),
 }
 V25 = {
@@ -76,7 +77,9 @@ def split(argv):
 
 def test_every_published_script_is_there():
     found = {str(path.relative_to(SHELL)) for path in SHELL.glob("internvl2.*/2nd_finetune/*.sh")}
-    assert found == {f"{name}_{method}.sh" for name in SCRIPTS for method in ("full", "lora")}
+    coco = "internvl2.0/2nd_finetune/internvl2_2b_internlm2_1_8b_dynamic_res_2nd_finetune_lora_coco.sh"
+    later = "internvl2.5/2nd_finetune/internvl2_5_2b_dynamic_res_2nd_finetune_lora_coco.sh"
+    assert found == {coco, later, *(f"{name}_{method}.sh" for name in SCRIPTS for method in ("full", "lora"))}
 
 
 @pytest.mark.parametrize("name, method", itertools.product(SCRIPTS, ("full", "lora")))
@@ -84,7 +87,7 @@ def test_hyper_parameters_are_the_published_ones(name, method, run):
     model, template, gpus, per_device, rate, decay, drop_path, length = SCRIPTS[name]
     batch = 128
     if method == "lora":
-        gpus, batch, drop_path = 8 if "78b" in name else 2, 16, 0.0
+        gpus, batch, drop_path = 8 if "78b" in name or "76b" in name else 2, 16, 0.0
     launch, flags = split(run(f"{name}_{method}.sh", MASTER="node7:8080"))
     args = {k: v for part in parse(flags) for k, v in vars(part).items()}
     expected = {
@@ -119,6 +122,37 @@ def test_hyper_parameters_are_the_published_ones(name, method, run):
     nodes = int(launch[launch.index("--nnodes") + 1]) if "--nnodes" in launch else 1
     assert started * nodes == gpus
     assert os.path.isfile(args["meta_path"])
+
+
+@pytest.mark.parametrize(
+    "name", ["internvl2.0/2nd_finetune/internvl2_2b_internlm2_1_8b", "internvl2.5/2nd_finetune/internvl2_5_2b"]
+)
+def test_captions_of_coco_are_learned_by_wider_adapters(name, run):
+    """Rank 128 and 512 samples an update on eight devices, as the original's tutorial has it."""
+    _, flags = split(run(f"{name}_dynamic_res_2nd_finetune_lora_coco.sh"))
+    model, data, training = parse(flags)
+    assert (model.use_llm_lora, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (128, 4, 16)
+    assert data.meta_path.endswith("coco_caption.json")
+
+
+def test_devices_that_divide_layers_have_the_same_samples(run):
+    launch, flags = split(run(FORTY, MASTER="node7:8080", TENSOR_PARALLEL="8"))
+    _, _, training = parse(flags)
+    assert (training.tensor_parallel_degree, training.gradient_accumulation_steps) == (8, 128 // 2 // 2)
+    run(FORTY, status=2, MASTER="node7:8080", TENSOR_PARALLEL="3")
+    assert "GPUS=16 is not a multiple of TENSOR_PARALLEL=3" in run.error
+
+
+def test_a_run_that_fails_is_started_again(run, tmp_path):
+    """Twice, and not once more; what ends well is not."""
+    run(ONE, status=0, GPUS="2", MAX_RESTARTS="2")
+    python = tmp_path / "bin" / "python"
+    python.write_text(f"#!/bin/sh\necho start >> {tmp_path}/starts\nexit 7\n")
+    run(ONE, status=7, GPUS="2", MAX_RESTARTS="2")
+    assert (tmp_path / "starts").read_text().split() == ["start"] * 3
+    assert "the run ended with status 7: start 2 of 2 again, from the last checkpoint" in run.error
+    run(ONE, status=2, GPUS="2", MAX_RESTARTS="often")
+    assert "MAX_RESTARTS must be a number, not 'often'" in run.error
 
 
 MONKEY = dict(multi_scale="training", freeze_backbone=True, freeze_mlp=True, learning_rate=4e-9, weight_decay=0.01)

@@ -122,7 +122,12 @@ def test_the_existing_ports_script_runs_unchanged():
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--tensor_parallel_degree", "2"], r"--tensor_parallel_degree 2 is not supported: .*-1, 0, 1"),
+        (["--pipeline_parallel_degree", "2"], r"--pipeline_parallel_degree 2 is not supported: .*-1, 0, 1"),
+        (
+            ["--expert_parallel_degree", "4", "--tensor_parallel_degree", "2"],
+            "--expert_parallel_degree is 4: experts are dealt",
+        ),
+        (["--lora_dropout", "1"], "--lora_dropout is 1.0: it must be from 0 to below 1"),
         (["--load_4bit"], "--load_4bit true is not supported: leave it out"),
         (["--fp16", "True"], "exclude each other"),
         (["--learning_rates", "1"], "unrecognized arguments: --learning_rates"),

@@ -36,7 +36,7 @@ def start(folder, *more, script=SCRIPT, **options):
 def run_two(folder, *more, status=0, **options):
     """Run two processes to their end; returns what both said."""
     process = start(folder, *more, **options)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     said = output + "".join(path.read_text() for path in sorted((folder / "logs").glob("workerlog.*")))
     assert process.returncode == status, said
     return said

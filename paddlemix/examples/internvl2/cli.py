@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import paddlemix
-from paddlemix.commands import Parser, add_weight_flags, weight_options
+from paddlemix.commands import Parser, add_tensor_parallel, add_weight_flags, weight_options
 from paddlemix.errors import PromptError, UserError
 from paddlemix.serving.flags import add_form_flags, form_of
 
@@ -39,6 +39,7 @@ def make_parser(description):
         help="eager: plain Paddle; inference: fused CPU kernels, compiled on first use (default: auto, the faster one)",
     )
     add_weight_flags(model)
+    add_tensor_parallel(model)
     answer = parser.add_argument_group("answer")
     answer.add_argument("--max_new_tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
     answer.add_argument("--min_new_tokens", type=int, default=0, help="shortest answer in tokens (default: 0)")
@@ -121,7 +122,11 @@ def load_session(args):
     from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
 
     directory = prepare(args)
-    model = InternVLChatModel.from_pretrained(directory, dtype=args.dtype, engine=args.engine, **weight_options(args))
+    weights = weight_options(args)
+    model = InternVLChatModel.from_pretrained(
+        directory, dtype=args.dtype, engine=args.engine, tensor_parallel=args.tensor_parallel, **weights
+    )
+    model.end_program_with_ranks()
     return ChatSession(model, load_tokenizer(directory), system_message=args.system_message, thinking=args.thinking)
 
 

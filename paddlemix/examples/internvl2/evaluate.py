@@ -11,7 +11,7 @@ of all tasks. The same command goes on where one was interrupted. docs/evaluatio
 import argparse
 import sys
 
-from paddlemix.commands import Parser, add_weight_flags, weight_options
+from paddlemix.commands import Parser, add_tensor_parallel, add_weight_flags, weight_options
 from paddlemix.errors import UserError, command_main
 from paddlemix.examples.internvl2 import cli
 
@@ -46,6 +46,7 @@ def make_parser():
     add("--seed", type=int, default=0, help="with --temperature")
     add("--num_beams", type=int, default=1, help="beams of the search; 1 with --dynamic (default: 1)")
     add("--batch_size", type=int, default=0, help="questions at once (default: by memory)")
+    add_tensor_parallel(parser)
     add("--processes", type=int, default=1, help="processes that share the work, each on a card of its own (default: 1)")
     add("--ray", metavar="ADDRESS", help="share it with a Ray cluster: host:port, auto, or local; all machines see the data")
     add("--auto", action="store_true", help="one process, as in the original")
@@ -74,6 +75,8 @@ def _settled(parser, args):
         parser.error("--no_scm belongs to --minimonkey")
     if args.minimonkey and args.num_beams > 1:
         parser.error("--minimonkey searches no beams: leave out --num_beams")
+    if args.tensor_parallel != 1 and (args.processes > 1 or args.ray):
+        parser.error("--tensor_parallel divides the model and --processes and --ray the questions: use one of them")
     if args.url and (args.ray or args.processes > 1):
         parser.error("--url asks one server: leave out --processes and --ray, and use --batch_size")
 
@@ -105,7 +108,9 @@ def _settings(args, directory):
     from paddlemix.checkpoints.hub import resolve
     from paddlemix.evaluation.runner import Settings
 
-    names = "data_root dynamic max_num batch_size limit shuffle_seed cot temperature seed device dtype ray".split()
+    names = (
+        "data_root dynamic max_num batch_size limit shuffle_seed cot temperature seed device dtype ray tensor_parallel".split()
+    )
     return Settings(
         model=str(directory),
         processes=1 if args.auto else args.processes,

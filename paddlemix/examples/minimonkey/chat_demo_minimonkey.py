@@ -33,6 +33,8 @@ def main():
     scale.add_argument("--no_scm", action="store_false", dest="scm", help="keep all tokens, as the published demo does")
     cli.add_picture_flags(parser)
     args = parser.parse_args()
+    if args.tensor_parallel != 1:
+        parser.error("--tensor_parallel is for `paddlemix chat`: Mini-Monkey's 2B fits on one device")
 
     bundled = args.image_path is None and args.text is None
     paths = [str(DEMO_IMAGE)] if bundled else [path for path in [args.image_path] if path not in (None, "None")]

@@ -7,7 +7,6 @@ so that published settings give the published answers. ``B`` rows, ``K`` beams o
 import numpy as np
 import paddle
 
-from .language import KVCache
 from .layers import AttentionMask
 
 _IMPOSSIBLE = -1e9  # of beams that are still copies of the first
@@ -55,8 +54,7 @@ def beam_search(language_model, inputs_embeds, config, starts=None, cache=None, 
     batch, tokens = inputs_embeds.shape[:2]
     beams, ends = config.num_beams, config.eos_token_ids
     if cache is None:
-        dtype = getattr(language_model, "cache_dtype", inputs_embeds.dtype)
-        cache = KVCache(language_model.config, batch, tokens, dtype)
+        cache = language_model.new_cache(batch, tokens, inputs_embeds.dtype)
     shift = np.zeros([batch], "int64") if starts is None else np.asarray(starts, "int64").reshape(-1)
     held = cache.length
     mask = AttentionMask(shift + held, prefix=held) if shift.any() else AttentionMask()

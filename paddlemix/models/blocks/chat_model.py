@@ -45,6 +45,7 @@ class ChatModel(nn.Layer):
     _remembered = None  # outputs of a frozen tower by the pixels' identity
     quantised_layers = {}  # those with weights in few bits, by parameter
     source = None  # the Checkpoint that the weights were loaded from
+    group = division = workers = None  # the ranks that the model is divided over, what is here, and those that this one started
 
     def __init__(self, config, projector):
         super().__init__()
@@ -84,6 +85,16 @@ class ChatModel(nn.Layer):
             dtypes = self.source.stored_dtypes if self.source else None
             save_checkpoint(self, self.config, directory, layout=layout, max_shard_size=max_shard_size, stored_dtypes=dtypes)
         self.config.save(directory)
+
+    def close(self):
+        """End the processes that a model over several devices has started; without effect on others."""
+        if self.workers is not None:
+            self.workers.close()
+
+    def end_program_with_ranks(self):
+        """Let this program end, with one line, where one of the processes that it has started for the model dies."""
+        if self.workers is not None:
+            self.workers.ends_program = True
 
     # ------------------------------------------------------------------ pictures
 

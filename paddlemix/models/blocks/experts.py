@@ -76,23 +76,27 @@ class Dispatch:
         count: number of experts.
         all_experts: give an expert that nobody chose one token, whose result is not used: in training each expert gets
             gradients, zeros then, as every process expects them.
+        first: number of the first of the ``count`` experts; others are elsewhere.
 
     Attributes:
         rows: which token is in each place, ``[places]``.
-        shares: for each expert at work ``(expert, first place, last place + 1)``.
-        places: place of each token's results, ``[T * k]``.
+        shares: for each expert at work ``(expert, first place, last place + 1)``, experts counted from ``first``.
+        places: place of each token's results, ``[T * k]``; of what is elsewhere, the one behind the last.
+        elsewhere: whether some is.
     """
 
-    def __init__(self, chosen, count, all_experts=False):
-        experts = chosen.reshape(-1)
-        order = np.argsort(experts, kind="stable")
-        counts = np.bincount(experts, minlength=count)
+    def __init__(self, chosen, count, all_experts=False, first=0):
+        experts = chosen.reshape(-1) - first
+        here = (experts >= 0) & (experts < count)
+        self.elsewhere = not here.all()
+        order = np.argsort(np.where(here, experts, count), kind="stable")[: here.sum()]
+        counts = np.bincount(experts[here], minlength=count)
         idle = np.flatnonzero(counts == 0) if all_experts and len(experts) else np.zeros(0, "int64")
         ends = np.cumsum(counts)
         shares = [(int(e), int(ends[e] - counts[e]), int(ends[e])) for e in np.flatnonzero(counts)]
         self.shares = shares + [(int(e), len(order) + i, len(order) + i + 1) for i, e in enumerate(idle)]
         self.rows = np.concatenate([order // chosen.shape[1], np.zeros(len(idle), "int64")])
-        self.places = np.empty(len(order), "int64")
+        self.places = np.full(len(experts), len(self.rows), "int64")
         self.places[order] = np.arange(len(order))
 
 
@@ -114,21 +118,23 @@ class MixtureOfExperts(nn.Layer):
         return (y, logits) if with_router else y
 
 
-def run_experts(x, chosen, weights, experts, all_experts=False):
+def run_experts(x, chosen, weights, experts, all_experts=False, first=0):
     """Weighted sum of what the chosen experts make of each token, each expert computing all of its tokens at once.
 
     Args:
         x: ``[T, D]``.
         chosen, weights: ``[T, k]``.
         experts: functions of ``[any, D]``, ``E`` of them.
-        all_experts: as in :class:`Dispatch`.
+        all_experts, first: as in :class:`Dispatch`.
 
     Returns:
-        ``[T, D]``.
+        ``[T, D]``; where some experts are elsewhere, what those here add to it.
     """
-    dispatch = Dispatch(on_host(chosen), len(experts), all_experts)
-    tokens = take_rows(x, dispatch.rows)
-    results = [experts[expert](tokens[first:last]) for expert, first, last in dispatch.shares]
+    dispatch = Dispatch(on_host(chosen), len(experts), all_experts, first)
+    tokens = take_rows(x, dispatch.rows) if len(dispatch.rows) else x[:0]
+    results = [experts[expert](tokens[start:stop]) for expert, start, stop in dispatch.shares]
+    if dispatch.elsewhere:
+        results.append(paddle.zeros([1, x.shape[-1]], results[0].dtype if results else x.dtype))
     y = take_rows(paddle.concat(results), dispatch.places).reshape([*chosen.shape, -1])
     return (y * weights.astype(y.dtype).unsqueeze(-1)).sum(1)
 

@@ -10,7 +10,6 @@ from paddlemix.validation import Integer, Number, check
 
 from .beams import beam_search
 from .decoding.sampling import Chooser
-from .language import KVCache
 from .layers import AttentionMask
 from .validation import GENERATION
 
@@ -206,7 +205,7 @@ class Sampler:
 
 def new_cache(language_model, batch, capacity, dtype):
     """An empty :class:`~.language.KVCache` in ``dtype``, unless the engine keeps keys and values in one of its own."""
-    return KVCache(language_model.config, batch, capacity, getattr(language_model, "cache_dtype", dtype))
+    return language_model.new_cache(batch, capacity, dtype)
 
 
 def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=None, prompt_ids=None):

@@ -201,9 +201,12 @@ class KVCache:
         self.capacity = capacity
         return self
 
+    def _like(self, batch, capacity):
+        return KVCache(self.config, batch, capacity, self._keys[0].dtype)
+
     def repeated(self, times, capacity):
         """Another cache of ``capacity`` positions that holds each row ``times`` times, one after the other."""
-        other = KVCache(self.config, self.batch * times, capacity, self._keys[0].dtype)
+        other = self._like(self.batch * times, capacity)
         held = np.arange(self.length)
         sources = (np.arange(self.batch).repeat(times)[:, None] * self.capacity + held).reshape(-1)
         rows = paddle.to_tensor((np.arange(other.batch)[:, None] * capacity + held).reshape(-1))
@@ -419,6 +422,10 @@ class LanguageModel(nn.Layer):
             self.lm_head = TiedHead(self.model.embed_tokens)
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def new_cache(self, batch, capacity, dtype):
+        """An empty :class:`KVCache` in ``dtype``, unless the engine has one of its own."""
+        return KVCache(self.config, batch, capacity, getattr(self, "cache_dtype", dtype))
 
     def embed(self, input_ids):
         """Token ids ``[B, N]`` -> embeddings ``[B, N, D]``."""

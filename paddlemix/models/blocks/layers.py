@@ -31,7 +31,12 @@ class Linear(nn.Linear):
     """``residual + scale * activation(x @ weight + bias)``: what follows the product is part of the call, in one place.
 
     ``weight`` is ``[in, out]`` as everywhere in Paddle.
+
+    Attributes:
+        group: the ranks that have a share of the inputs each, so that their products are summed; None for this one alone.
     """
+
+    group = None
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__(in_features, out_features, bias_attr=None if bias else False)
@@ -39,12 +44,19 @@ class Linear(nn.Linear):
     def forward(self, x, gelu=False, scale=None, residual=None):
         """``x [..., in] -> [..., out]``; ``scale [out]`` and ``residual [..., out]`` are optional."""
         suits = gemm.suits(math.prod(x.shape) * self.weight.shape[1], x, self.weight)
-        y = (gemm.linear if suits else F.linear)(x, self.weight, self.bias)
+        y = self.product(x, gemm.linear if suits else F.linear, self.bias if self.group is None else None)
+        if self.group is not None:
+            y = self.group.summed(y)
+            y = y if self.bias is None else y + self.bias
         if gelu:
             y = gemm.gelu(y) if suits and y.stop_gradient else F.gelu(y)
         if scale is not None:
             y = y * scale
         return y if residual is None else residual + y
+
+    def product(self, x, linear, bias):
+        """``x @ weight + bias`` by ``linear``; of a share of the inputs it is a part of the sum."""
+        return linear(x, self.weight, bias)
 
 
 class RMSNorm(nn.Layer):

@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 from paddle import nn
 from paddle.nn import functional as F
+from paddle.nn.initializer.lazy_init import lazy_init_helper
 from safetensors.numpy import save_file
 
 from paddlemix.checkpoints.files import open_weight_file
@@ -39,22 +40,36 @@ class LoRALinear(Linear):
         nn.Layer.__init__(self)  # not Linear's, which would allocate a weight
         self.weight, self.bias, self.name = base.weight, base.bias, None
         size_in, dtype = base.weight.shape[0], base.weight.dtype
-        bound = size_in**-0.5
+        bound = (size_in if getattr(base, "inputs", None) is None else base.inputs[2]) ** -0.5
         uniform, zeros = nn.initializer.Uniform(-bound, bound), nn.initializer.Constant(0.0)
         new = self.create_parameter
-        self.lora_A = nn.ParameterList([new([size_in, rank], dtype=dtype, default_initializer=uniform) for _ in sizes])
+        self.group, self.inputs = base.group, getattr(base, "inputs", None)
+
+        def new_a():
+            if self.inputs is None or lazy_init_helper().state:
+                return new([size_in, rank], dtype=dtype, default_initializer=uniform)
+            # Drawn whole, so that every rank draws the same numbers, and those of one that has all.
+            first, count, whole = self.inputs
+            drawn = new([whole, rank], dtype=dtype, default_initializer=uniform)[first : first + count]
+            return new([count, rank], dtype=dtype, default_initializer=nn.initializer.Assign(drawn.numpy()))
+
+        self.lora_A = nn.ParameterList([new_a() for _ in sizes])
         self.lora_B = nn.ParameterList([new([rank, size], dtype=dtype, default_initializer=zeros) for size in sizes])
         self.dropout, self.scale = nn.Dropout(dropout), SCALE
 
-    def forward(self, x, gelu=False, scale=None, residual=None):
-        """As :meth:`Linear.forward`, with the adapters' share added before GELU and scale."""
-        added = [F.linear(F.linear(self.dropout(x), a), b) for a, b in zip(self.lora_A, self.lora_B)]
-        y = super().forward(x, residual=self.scale * (added[0] if len(added) == 1 else paddle.concat(added, axis=-1)))
-        if gelu:
-            y = F.gelu(y)
-        if scale is not None:
-            y = y * scale
-        return y if residual is None else residual + y
+    def product(self, x, linear, bias):
+        """As :meth:`Linear.product`, with what the adapters add."""
+        added = [F.linear(F.linear(self._dropped(x), a), b) for a, b in zip(self.lora_A, self.lora_B)]
+        added = added[0] if len(added) == 1 else paddle.concat(added, axis=-1)
+        return linear(x, self.weight, bias) + self.scale * added
+
+    def _dropped(self, x):
+        """``x`` with a random part left out in training, of the share of the inputs that is here as in the whole."""
+        if self.inputs is None or not (self.training and self.dropout.p):
+            return self.dropout(x)
+        first, count, whole = self.inputs
+        kept = self.dropout(paddle.ones([*x.shape[:-1], whole], x.dtype))
+        return x * kept[..., first : first + count]
 
     def delta(self):
         """What the adapters amount to as a weight, ``[in, out]`` float32."""
@@ -67,7 +82,7 @@ class LoRALinear(Linear):
             plain = Linear(*self.weight.shape, bias=self.bias is not None)
         with paddle.no_grad():
             self.weight.set_value((self.weight.astype("float32") + self.delta()).astype(self.weight.dtype))
-        plain.weight, plain.bias = self.weight, self.bias
+        plain.weight, plain.bias, plain.group = self.weight, self.bias, self.group
         plain.training = self.training
         return plain
 
@@ -115,10 +130,18 @@ def add_adapters(model, tower="", dropout=DROPOUT):
         tower: only where parameters' names begin with this.
         dropout: see :class:`LoRALinear`; also set on layers that have adapters.
     """
+    division = getattr(model, "division", None)
     for weight in model.config.weight_table():
         rank = tower_rank(model.config, weight.name)
         sizes = adapter_sizes(weight)
         if not (rank and sizes and weight.name.startswith(tower)):
+            continue
+        if division is not None:
+            sizes = division.own_adapter_sizes(weight.name.removesuffix(".weight"))
+        if sizes is None:  # the layer is elsewhere: the numbers are drawn all the same
+            for _ in adapter_sizes(weight):
+                if not lazy_init_helper().state:
+                    paddle.uniform([weight.shape[0], rank])
             continue
         parent, name, layer = _locate(model, weight.name.removesuffix(".weight"))
         if isinstance(layer, LoRALinear):

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.autograd import PyLayer
 from paddle.nn import functional as F
 
 from paddlemix.arrays import host_array
@@ -103,7 +104,7 @@ def _weighted_losses(head, hidden, labels, shares, chunk):
     flat = take_rows(hidden.reshape([-1, hidden.shape[-1]]), rows * labels.shape[1] + columns)
 
     def part(x, target, share):
-        losses = F.cross_entropy(head(x).astype("float32"), target, reduction="none").squeeze(-1)
+        losses = _cross_entropy(head, x, target).squeeze(-1)
         return (losses.unsqueeze(-1) * share).sum(axis=0)
 
     share = paddle.to_tensor(shares)
@@ -115,3 +116,37 @@ def _weighted_losses(head, hidden, labels, shares, chunk):
         keep = len(places) <= chunk or not paddle.is_grad_enabled()
         total += part(*inputs) if keep else paddle.distributed.fleet.utils.recompute(part, *inputs, use_reentrant=False)
     return total
+
+
+def _cross_entropy(head, x, targets):
+    """Cross entropy ``[M, 1]`` float32 of what ``head`` makes of ``x [M, D]`` against ``targets [M, 1]``.
+
+    Where the vocabulary is divided over ranks, so are the logits.
+    """
+    ranks = getattr(head, "ranks", None)
+    if ranks is None or getattr(head, "is_led", False):
+        return F.cross_entropy(head(x).astype("float32"), targets, reduction="none")
+    return _DividedCrossEntropy.apply(head.own_logits(ranks.copied(x)).astype("float32"), targets, ranks, head.first)
+
+
+class _DividedCrossEntropy(PyLayer):
+    @staticmethod
+    def forward(ctx, logits, targets, ranks, first):
+        """``logits [M, own vocabulary]`` float32 from token ``first`` on; two small sums over the ranks."""
+        count = logits.shape[1]
+        largest = ranks.all_reduce(logits.max(axis=-1, keepdim=True), "MAX")
+        powers = paddle.exp(logits - largest)
+        own = targets - first
+        here = paddle.logical_and(own >= 0, own < count).astype("float32")
+        own = own.clip(0, count - 1)
+        chosen = paddle.take_along_axis(logits, own, axis=-1) * here
+        sums = paddle.concat([powers.sum(-1, keepdim=True), chosen], axis=-1)
+        total, chosen = ranks.all_reduce(sums).split(2, axis=-1)
+        ctx.save_for_backward(powers / total, own, here)
+        return paddle.log(total) + largest - chosen
+
+    @staticmethod
+    def backward(ctx, gradient):
+        probabilities, own, here = ctx.saved_tensor()
+        target = F.one_hot(own.squeeze(-1), probabilities.shape[1]) * here
+        return (probabilities - target) * gradient

@@ -87,37 +87,43 @@ class VisionEmbeddings(nn.Layer):
 
 
 class VisionAttention(nn.Layer):
-    """Multi-head attention over all patches of a tile."""
+    """Multi-head attention over all patches of a tile; ``heads`` is how many of them are here, by default all."""
 
-    def __init__(self, config):
+    def __init__(self, config, heads=None):
         super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
-        self.qkv = Linear(width, 3 * width, bias=config.qkv_bias)
-        self.proj = Linear(width, width)
+        self.heads = config.num_attention_heads if heads is None else heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        width = self.heads * self.head_dim
+        self.qkv = Linear(config.hidden_size, 3 * width, bias=config.qkv_bias)
+        self.proj = Linear(width, config.hidden_size)
         self.qk_normalization = config.qk_normalization
         if config.qk_normalization:
             self.q_norm = RMSNorm(width, config.layer_norm_eps)
             self.k_norm = RMSNorm(width, config.layer_norm_eps)
 
+    def normalised(self, q, k):
+        """Queries and keys ``[T, 1 + P, D]``, each normalised over the whole width, before the heads are split."""
+        return self.q_norm(q), self.k_norm(k)
+
     def forward(self, x, scale, residual):
         """``residual + scale * attention(x)``, all ``[T, 1 + P, D]``."""
-        tiles, tokens, width = x.shape
+        tiles, tokens, _ = x.shape
         qkv = self.qkv(x)
-        if self.qk_normalization:  # over the whole width, before the heads are split
+        if self.qk_normalization:
             q, k, v = qkv.split(3, axis=-1)
-            qkv = paddle.concat([self.q_norm(q), self.k_norm(k), v], axis=-1)
-        q, k, v = qkv.reshape([tiles, tokens, 3 * self.heads, width // self.heads]).split(3, axis=2)
+            qkv = paddle.concat([*self.normalised(q, k), v], axis=-1)
+        q, k, v = qkv.reshape([tiles, tokens, 3 * self.heads, self.head_dim]).split(3, axis=2)
         return self.proj(attention(q, k, v), scale=scale, residual=residual)
 
 
 class VisionMLP(nn.Layer):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU between; ``width`` is how much of the inner width is here, by default all."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=None):
         super().__init__()
-        self.fc1 = Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = Linear(config.intermediate_size, config.hidden_size)
+        width = width or config.intermediate_size
+        self.fc1 = Linear(config.hidden_size, width)
+        self.fc2 = Linear(width, config.hidden_size)
 
     def forward(self, x, scale, residual):
         """``residual + scale * mlp(x)``, all ``[T, 1 + P, D]``."""

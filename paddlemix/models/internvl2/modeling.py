@@ -45,7 +45,16 @@ class InternVLChatModel(ChatModel):
     # ------------------------------------------------------------------ weights
 
     @classmethod
-    def from_pretrained(cls, name_or_path, dtype="auto", engine="auto", keep=None, weight_dtype=None, quantize_parts=None):
+    def from_pretrained(
+        cls,
+        name_or_path,
+        dtype="auto",
+        engine="auto",
+        keep=None,
+        weight_dtype=None,
+        quantize_parts=None,
+        tensor_parallel=1,
+    ):
         """Load a published checkpoint, or one that was saved here.
 
         Args:
@@ -55,13 +64,26 @@ class InternVLChatModel(ChatModel):
             keep: see :func:`~.checkpoint.load_checkpoint`.
             weight_dtype: ``int8`` or ``int4`` for weights in fewer bits, None for those of the files.
             quantize_parts: which parts have them, of ``language``, ``projector`` and ``vision``; None for the first two.
+            tensor_parallel: over how many devices each layer is divided, this process being the first of as many that it
+                starts; ``auto`` for as many as the weights need. Started by a launcher, all its processes call this and what
+                follows. :meth:`close` ends the others. Also a :class:`~paddlemix.parallel.groups.Group` of such processes.
 
         Raises:
             ConfigError, CheckpointError: the directory does not hold a complete checkpoint of a supported model.
+            ParallelError: the other processes cannot be started.
         """
         directory = resolve(name_or_path)
         config = InternVLChatConfig.from_pretrained(directory)
         source = Checkpoint(directory, config)  # before anything is built: a configuration can ask for any size
+        if tensor_parallel != 1:
+            from . import ranks  # nobody else pays for it
+
+            if weight_dtype:
+                raise ConfigError(
+                    "weights in few bits are not divided over devices: leave out --load_8bit or --tensor_parallel"
+                )
+            if (found := ranks.load(cls, source, dtype, engine, keep, tensor_parallel)) is not None:
+                return found
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
             model = cls(config)
         engine, dtype = choose(engine, dtype, count_parameters(model))

@@ -26,17 +26,29 @@ start() {
     exec "$@"
 }
 
-for number in "$GPUS" "$NODES" "$BATCH_SIZE" "$PER_DEVICE_BATCH_SIZE"; do
+case ${MAX_RESTARTS:-0} in
+    *[!0-9]*) fail "MAX_RESTARTS must be a number, not '$MAX_RESTARTS'" ;;
+esac
+if [ -z "${TENSOR_PARALLEL:-}" ]; then # the script's, where there are so many
+    TENSOR_PARALLEL=${DEFAULT_TENSOR_PARALLEL:-1}
+    if [ "$TENSOR_PARALLEL" -gt "$GPUS" ]; then TENSOR_PARALLEL=1; fi
+fi
+for number in "$GPUS" "$NODES" "$BATCH_SIZE" "$PER_DEVICE_BATCH_SIZE" "$TENSOR_PARALLEL"; do
     case $number in
-        0* | *[!0-9]*) fail "GPUS, NODES, BATCH_SIZE and PER_DEVICE_BATCH_SIZE must be positive numbers, not '$number'" ;;
+        0* | *[!0-9]*)
+            fail "GPUS, NODES, BATCH_SIZE, PER_DEVICE_BATCH_SIZE and TENSOR_PARALLEL must be positive numbers, not '$number'"
+            ;;
     esac
 done
 [ $((GPUS % NODES)) -eq 0 ] || fail "GPUS=$GPUS processes cannot be divided over NODES=$NODES machines: GPUS counts all of them"
 per_node=$((GPUS / NODES))
 
-at_once=$((PER_DEVICE_BATCH_SIZE * GPUS))
+# Devices that divide every layer have the same samples.
+[ $((GPUS % TENSOR_PARALLEL)) -eq 0 ] || fail "GPUS=$GPUS is not a multiple of TENSOR_PARALLEL=$TENSOR_PARALLEL: change one of them"
+at_once=$((PER_DEVICE_BATCH_SIZE * GPUS / TENSOR_PARALLEL))
+shares=$([ "$TENSOR_PARALLEL" -eq 1 ] || echo " / TENSOR_PARALLEL=$TENSOR_PARALLEL")
 [ $((BATCH_SIZE % at_once)) -eq 0 ] || fail "BATCH_SIZE=$BATCH_SIZE is not a multiple of PER_DEVICE_BATCH_SIZE=$PER_DEVICE_BATCH_SIZE \
-times GPUS=$GPUS ($at_once): change one of them"
+times GPUS=$GPUS$shares ($at_once): change one of them"
 
 on_slurm() {
     tasks=$((GPUS < ${GPUS_PER_NODE:-8} ? GPUS : ${GPUS_PER_NODE:-8}))
@@ -98,5 +110,27 @@ launch() {
         esac
         set -- --devices "$(echo "${visible:-$(seq -s , 0 $((per_node - 1)))}" | cut -d , -f "1-$per_node")" "$@"
     fi
-    start "$PYTHON" -m paddle.distributed.launch "$@"
+    if [ "${MAX_RESTARTS:-0}" -eq 0 ]; then
+        start "$PYTHON" -m paddle.distributed.launch "$@"
+    fi
+    again "$@"
+}
+
+# The launcher, started again when it fails, from the last checkpoint of OUTPUT_DIR; not when somebody has ended this script.
+again() {
+    restarts=0 stopped=false child=
+    trap 'stopped=true; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || :' TERM INT HUP
+    while :; do
+        start "$PYTHON" -m paddle.distributed.launch "$@" &
+        child=$! status=0
+        wait "$child" || status=$?
+        while kill -0 "$child" 2>/dev/null; do # a signal ends the wait, not the launcher
+            wait "$child" || status=$?
+        done
+        if [ "$status" -eq 0 ] || $stopped || [ "$restarts" -ge "$MAX_RESTARTS" ]; then
+            exit "$status"
+        fi
+        restarts=$((restarts + 1))
+        echo "the run ended with status $status: start $restarts of $MAX_RESTARTS again, from the last checkpoint" >&2
+    done
 }

@@ -7,6 +7,8 @@
 #                            of one of them, and may set NODE_RANK
 #   PER_DEVICE_BATCH_SIZE    samples that a device computes at once [the script's]
 #   BATCH_SIZE               samples of an update, over all devices [the script's]
+#   TENSOR_PARALLEL          devices that divide every layer and have the same samples [the script's, 1 for most]
+#   MAX_RESTARTS [0]         how often a run that fails is started again from its last checkpoint
 #   MODEL, META, OUTPUT_DIR  checkpoint, meta file of the data, and where results go [the script's]
 #   VISION_PATH, LLM_PATH, MLP_PATH  parts to start from, in scripts that start from parts, unless MODEL is set
 #   PARTITION                a partition of Slurm: the script starts itself there, on GPUS / GPUS_PER_NODE [8] machines, with
@@ -69,6 +71,7 @@ set -- \
     --ps_version v2 \
     --report_to visualdl \
     --sharding "$SHARDING" \
+    --tensor_parallel_degree "$TENSOR_PARALLEL" \
     "$@"
 
 launch "$(dirname "$SHELL_DIR")/${TRAINER:-internvl_chat_finetune.py}" "$@"

@@ -29,6 +29,8 @@ class PagedCache:
     On CPU in float32, where nothing else can be stored by position; attention rounds to its own dtype anyway.
     """
 
+    number = None  # what the ranks of a divided model call it
+
     def __init__(self, config, slots, dtype):
         shape = [slots, config.num_key_value_heads, config.head_dim]
         dtype = "float32" if device.is_cpu() else dtype
@@ -57,6 +59,11 @@ class PagesView:
         self.rotary_lengths, self.length = length, seen.shape[1]
         self._cache, self._shape = cache, list(seen.shape)
         self._new, self._seen = paddle.to_tensor(new), paddle.to_tensor(seen.reshape(-1))
+        self._given = {"new": new, "seen": seen, "length": length}
+
+    def described(self):
+        """What the ranks of a divided model are told of it."""
+        return {"pages": self._cache.number, **self._given}
 
     def reserve(self, count):
         """Nothing to do: the slots are known."""
@@ -85,7 +92,10 @@ class Stepper:
 
     def __init__(self, language_model, table, dtype="float32"):
         self.model, self.table, self.dtype = language_model, table, dtype
-        self.cache = PagedCache(language_model.config, table.pages * table.page_size, dtype)
+        slots = table.pages * table.page_size
+        self.cache = PagedCache(language_model.config, slots, dtype)
+        if hasattr(language_model, "adopt_pages"):  # other ranks have pages of their heads too
+            language_model.adopt_pages(self.cache, slots, dtype)
 
     def _slots(self, sequence, first, last):
         positions = np.arange(first, last)

@@ -1,0 +1,18 @@
+#!/bin/sh
+# InternVL2-Llama3-76B: LoRA adapters of rank 16 in the language model learn, the rest is frozen. Variables and arguments: see ../../run.sh.
+set -eu
+SHELL_DIR=$(cd "$(dirname "$0")/../.." && pwd)
+
+: "${MODEL:=OpenGVLab/InternVL2-Llama3-76B}" "${OUTPUT_DIR:=work_dirs/internvl2_76b_lora}"
+METHOD=lora
+CONV_STYLE=internlm2-chat
+DEFAULT_GPUS=8
+DEFAULT_BATCH_SIZE=16
+DEFAULT_PER_DEVICE_BATCH_SIZE=1
+LEARNING_RATE=2e-5
+WEIGHT_DECAY=0.05
+DROP_PATH_RATE=0.0
+MAX_SEQ_LENGTH=4096
+SHARDING=stage3
+
+. "$SHELL_DIR/run.sh"

@@ -1,0 +1,67 @@
+"""Groups of the processes that a launcher has started, numbered as in Fleet's hybrid topology.
+
+Ranks next to each other divide a layer, and those that have the same share of it divide the data.
+"""
+
+import functools
+import os
+
+from paddle.base import core
+
+from paddlemix.errors import ConfigError
+
+from .groups import Group, connect, free_port
+
+__all__ = ["data_group", "tensor_group", "world_group"]
+
+
+def _rank():
+    return int(os.environ.get("PADDLE_TRAINER_ID", "0"))
+
+
+def _world():
+    return int(os.environ.get("PADDLE_TRAINERS_NUM", "1"))
+
+
+def _check(size):
+    if _world() % size:
+        raise ConfigError(f"{_world()} processes cannot be divided into groups of {size}: start a multiple of it")
+
+
+@functools.cache
+def world_group():
+    """All processes."""
+    return _group(range(_world()), "all processes")
+
+
+@functools.cache
+def tensor_group(size):
+    """The ``size`` processes that this one divides layers with.
+
+    Raises:
+        ConfigError: the processes are no multiple of it.
+    """
+    _check(size)
+    first = _rank() // size * size
+    return _group(range(first, first + size), "tensor parallel")
+
+
+@functools.cache
+def data_group(size):
+    """The processes that have the same share of layers as this one where ``size`` divide one, and divide the data."""
+    _check(size)
+    return world_group() if size == 1 else _group(range(_rank() % size, _world(), size), "data parallel")
+
+
+def _group(ranks, name):
+    """The group of ``ranks``, in which every one of them has to ask for it."""
+    ranks = list(ranks)
+    if len(ranks) == 1:
+        return Group(0, 1, None, None, name)
+    store, place = core.create_or_get_global_tcp_store(), ranks.index(_rank())
+    key = f"paddlemix/{name}/{ranks[0]}"
+    if place == 0:  # a store of its own, on the machine of the group's first process
+        host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "127.0.0.1:0").rpartition(":")[0]
+        store.set(key, f"{host}:{free_port()}".encode())
+    host, _, port = bytes(store.get(key)).decode().rpartition(":")
+    return connect(place, len(ranks), host, int(port), name=name)
