@@ -1,6 +1,7 @@
 # make demo             install, then ask the bundled model about a drawn scene, and about a photograph
 # make demo-video       the same about a clip
 # make demo-tp          the same with every layer divided over two processes
+# make demo-search      find drawn scenes by words and by a picture, offline, with the bundled retrieval model
 # make demo-llava       both stages of LLaVA at toy size on drawn scenes, minutes of a CPU
 # make demo-mpo         the demo model loses a wrong habit by preference training, minutes of a CPU
 # make demo-thinking    a toy learns to think before it answers, minutes of a CPU; its thought comes apart from its answer
@@ -22,7 +23,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: llama web web-install demo demo-tp demo-video demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean test-transformers demo-thinking
+.PHONY: llama web web-install demo demo-tp demo-video demo-search demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean test-transformers demo-thinking
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -33,6 +34,9 @@ demo: install
 
 demo-video: install
 	$(BIN)/python paddlemix/examples/internvl2/chat_demo_video.py --device $(DEVICE)
+
+demo-search: install
+	$(BIN)/python paddlemix/examples/internvl/demo/run.py --device $(DEVICE)
 
 demo-llava: install
 	$(BIN)/python paddlemix/examples/internvl_llava/demo/run.py --device $(DEVICE)

@@ -1,6 +1,7 @@
 """Training and testing segmentation in ADE20K's layout: pictures and maps of labels, 0 for what does not count."""
 
 import os
+import re
 
 import numpy as np
 import paddle
@@ -10,6 +11,21 @@ from PIL import Image, ImageEnhance
 from paddlemix.datasets.annotations import find_files
 from paddlemix.errors import DataError, ImageError
 from paddlemix.processors.image import open_image, to_pixels
+
+
+def layer_rates(depth, decay):
+    """A function from a parameter's name to the factor on its learning rate: ``decay`` once more a block towards the first.
+
+    The last of ``depth`` blocks has one factor, embeddings one more than the first block; the head has none.
+    """
+
+    def rate(name):
+        if not name.startswith("tower."):
+            return 1.0
+        match = re.search(r"\.layers\.(\d+)\.", name)
+        return decay ** (depth - int(match[1]) if match else depth + 1)
+
+    return rate
 
 
 def read_pairs(root, part):

@@ -14,7 +14,7 @@ from paddlemix.examples.internvl import linear_probe, segmentation
 from paddlemix.examples.internvl2.demo_model.scenes import COLORS, SHAPES, SIDE, Item, arrange, draw_items
 from paddlemix.models.internvl import InternVisionModel
 from paddlemix.models.internvl.heads import SegmentationModel
-from paddlemix.training.segmentation import mean_iou, pixel_loss, read_labels, training_crop
+from paddlemix.training.segmentation import layer_rates, mean_iou, pixel_loss, read_labels, training_crop
 
 DEMO = str(Path(paddlemix.__file__).parent / "demo_model")
 MODEL = ["--model_name_or_path", DEMO, "--device", "cpu", "--engine", "eager"]
@@ -45,6 +45,9 @@ def segments(root, part, count, seed):
         labels.save(root / "annotations" / part / f"{i}.png")
 
 
+DEEP = ["--layer_decay", "0.9", "--drop_path_rate", "0.1"]
+
+
 def score(folder):
     return json.loads((folder / "score.json").read_text(encoding="utf-8"))["scores"]
 
@@ -60,9 +63,20 @@ def test_a_probe_tells_shapes_apart(tmp_path, probe):
 
 def test_a_probe_with_augmentation_runs_on_few_pictures(tmp_path):
     data = shapes(tmp_path / "train", 3, 0)
-    flags = ["--data", data, "--val", data, "--out", str(tmp_path / "out"), "--epochs", "2", "--augment"]
+    some = tmp_path / "some"
+    for shape in SHAPES[1:3]:
+        (some / shape).mkdir(parents=True)
+        (some / shape / "0.png").hardlink_to(tmp_path / "train" / shape / "0.png")
+    flags = ["--data", data, "--val", data, str(some), "--out", str(tmp_path / "out"), "--epochs", "2", "--augment"]
     linear_probe.main([*MODEL, *flags, "--train_batch_size", "6"])
     assert 0 <= score(tmp_path / "out")["acc1"] <= 1
+    sets = json.loads((tmp_path / "out" / "score.json").read_text(encoding="utf-8"))["sets"]
+    assert sets.keys() == {data, str(some)} and sets[str(some)]["acc1"] in (0, 0.5, 1)
+    (some / "other").mkdir()
+    (some / SHAPES[1] / "0.png").rename(some / "other" / "0.png")
+    (some / SHAPES[1]).rmdir()
+    with pytest.raises(SystemExit):
+        linear_probe.main([*MODEL, *flags])
     assert (tmp_path / "out" / "probe.npz").exists()
 
 
@@ -76,14 +90,14 @@ def test_a_linear_head_finds_shapes(tmp_path):
     assert score(tmp_path / "out")["mIoU"] > 0.6
 
 
-@pytest.mark.parametrize("head", ["linear", "upernet", "full"])
-def test_segmentation_runs_on_few_pictures(tmp_path, head):
+@pytest.mark.parametrize("head, more", [("linear", []), ("upernet", []), ("full", []), ("linear", ["--tune_tower"])])
+def test_segmentation_runs_on_few_pictures(tmp_path, head, more):
     segments(tmp_path, "training", 2, 0)
     segments(tmp_path, "validation", 1, 1)
     flags = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--classes", "5", "--channels", "12", "--steps", "2"]
-    segmentation.main([*MODEL, *flags, "--warmup", "1", "--train_batch_size", "2", "--head", head])
+    segmentation.main([*MODEL, *flags, "--warmup", "1", "--train_batch_size", "2", "--head", head, *more, *DEEP])
     assert 0 <= score(tmp_path / "out")["mIoU"] <= 1
-    if head == "full":
+    if head == "full" or more:
         tower, before = (InternVisionModel.from_pretrained(p, dtype="float32") for p in (tmp_path / "out" / "tower", DEMO))
         name = "encoder.layers.0.mlp.fc1.weight"
         assert np.abs(tower.state_dict()[name].numpy() - before.state_dict()[name].numpy()).max() > 0
@@ -121,3 +135,19 @@ def test_a_window_and_its_labels_belong_together(tmp_path):
         inside = found >= 0
         assert inside.any() and ((pixels[0] > 0)[inside] == (found == 1)[inside]).mean() > 0.97
         assert not pixels[:, ~inside].any()
+
+
+def test_learning_rates_fall_towards_the_towers_first_block():
+    rate = layer_rates(48, 0.95)
+    assert rate("head.conv.weight") == 1 and rate("tower.encoder.layers.47.ls1") == pytest.approx(0.95)
+    assert rate("tower.encoder.layers.0.attn.qkv.weight") == pytest.approx(0.95**48)
+    assert rate("tower.embeddings.class_embedding") == pytest.approx(0.95**49)
+
+
+@pytest.mark.parametrize("blocks, told", [(["9"], "from 0 to 4"), (["0", "1"], "one number")])
+def test_blocks_that_make_no_sense_are_told(tmp_path, capsys, blocks, told):
+    segments(tmp_path, "training", 1, 0)
+    segments(tmp_path, "validation", 1, 1)
+    with pytest.raises(SystemExit):
+        segmentation.main([*MODEL, "--data", str(tmp_path), "--out", str(tmp_path / "out"), "--blocks", *blocks])
+    assert told in capsys.readouterr().err

@@ -3,8 +3,9 @@
   python paddlemix/examples/internvl/linear_probe.py --model_name_or_path OpenGVLab/InternViT-6B-224px \\
       --data imagenet/train --val imagenet/val --out work_dirs/probe --augment
 
-Without --augment the tower's features are computed once and kept in the folder of results; with it, a random part of each
-picture goes through the tower in every epoch, as published.
+--val takes several test sets, such as ImageNet-V2, -A, -R and -Sketch: a set with some of the class folders alone is scored
+among these. Without --augment the tower's features are computed once and kept in the folder of results; with it, a random part
+of each picture goes through the tower in every epoch, as published. The scripts in classification/ hold the published settings.
 """
 
 import os
@@ -19,7 +20,9 @@ def main(argv=None):
     """Parse the command line, train the probe and test it."""
     parser = cli.make_parser(__doc__)
     parser.add_argument("--data", required=True, metavar="FOLDER", help="training set: a folder of pictures for each class")
-    parser.add_argument("--val", required=True, metavar="FOLDER", help="test set with the same class folders")
+    parser.add_argument(
+        "--val", required=True, nargs="+", metavar="FOLDER", help="test sets, whose class folders the training set has too"
+    )
     cli.add_outputs(parser, "the probe, its score and features")
     parser.add_argument("--probe", choices=["linear", "attention"], default="linear", help="kind of probe (default: linear)")
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data (default: %(default)s)")
@@ -35,9 +38,10 @@ def main(argv=None):
 
     from paddlemix.datasets.annotations import read_classes
 
-    sets = [read_classes(folder) for folder in (args.data, args.val)]
-    if sets[0][2] != sets[1][2]:
-        raise DataError(f"{args.data} and {args.val} have different class folders")
+    sets = [read_classes(folder) for folder in (args.data, *args.val)]
+    for folder, (_, _, classes) in zip(args.val, sets[1:]):
+        if not set(classes) <= set(sets[0][2]):
+            raise DataError(f"{folder} has class folders that {args.data} has not: {', '.join(set(classes) - set(sets[0][2]))}")
     _run(args, sets)
 
 
@@ -77,7 +81,7 @@ def _run(args, sets):
     def plain(path):
         return transform(path, "classification", size)
 
-    (train, train_labels, classes), (val, val_labels, _) = sets
+    train, train_labels, classes = sets[0]
 
     def epoch(number):
         if not args.augment:
@@ -92,14 +96,20 @@ def _run(args, sets):
     probe = kind(shape[-1], len(classes))
     rate = args.learning_rate * args.train_batch_size / 512
     train_probe(probe, epoch, np.array(train_labels), shape, args.epochs, args.train_batch_size, rate, args.seed)
-    rows = features(val, plain)
-    good = np.isfinite(np.asarray(rows[:, 0]))
-    scores = probe(paddle.to_tensor(np.asarray(rows[good], "float32").reshape(shape))).numpy()
-    values = accuracy(scores, np.array(val_labels)[good])
+    found = {}
+    for folder, (val, val_labels, own) in zip(args.val, sets[1:]):
+        rows = features(val, plain)
+        good = np.isfinite(np.asarray(rows[:, 0]))
+        scores = probe(paddle.to_tensor(np.asarray(rows[good], "float32").reshape(shape))).numpy()
+        columns = [classes.index(name) for name in own]
+        found[folder] = accuracy(scores[:, columns], np.array(val_labels)[good]) | {"left out": int((~good).sum())}
     with written(os.path.join(args.out, "probe.npz")) as file:
         np.savez(file, **{name: value.numpy() for name, value in probe.state_dict().items()})
-    cli.write_json(os.path.join(args.out, "score.json"), {"scores": values, "classes": classes, "left out": int((~good).sum())})
-    cli.print_scores(values)
+    first = next(iter(found.values()))
+    cli.write_json(os.path.join(args.out, "score.json"), {"scores": first, "classes": classes, "sets": found})
+    for folder, values in found.items():
+        print(folder)
+        cli.print_scores(values)
     print(f"written to {args.out}", file=sys.stderr)
 
 

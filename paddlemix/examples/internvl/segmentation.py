@@ -4,7 +4,8 @@
       --data ADEChallengeData2016 --head linear --classes 150 --out work_dirs/ade20k
 
 --data holds images/training, annotations/training, images/validation and annotations/validation; label 0 does not count.
---head full is UperNet with the tower learning too; --share 16 takes a sixteenth of the training set.
+--head full is UperNet with the tower learning too, --tune_tower makes it learn behind a linear head, as in the published
+few-shot runs; --share 16 takes a sixteenth of the training set. The scripts in segmentation/ hold the published settings.
 """
 
 import os
@@ -21,6 +22,15 @@ def main(argv=None):
     parser.add_argument("--data", required=True, metavar="FOLDER", help="pictures and maps of labels in ADE20K's layout")
     cli.add_outputs(parser, "the head and its score")
     parser.add_argument("--head", choices=["linear", "upernet", "full"], default="linear", help="what learns (default: linear)")
+    parser.add_argument("--tune_tower", action="store_true", help="the tower learns too, whatever the head")
+    parser.add_argument(
+        "--blocks", type=int, nargs="+", help="blocks of the tower, from 0, that the head sees (default: the published ones)"
+    )
+    parser.add_argument("--weight_decay", type=float, help="(default: 0 for a linear head on a frozen tower, else 0.05)")
+    parser.add_argument(
+        "--layer_decay", type=float, default=1.0, help="learning rate of a block divided by that of the next (default: 1)"
+    )
+    parser.add_argument("--drop_path_rate", type=float, default=0.0, help="stochastic depth of the last block (default: 0)")
     parser.add_argument("--classes", type=int, default=150, help="kinds of things, without label 0 (default: %(default)s)")
     parser.add_argument("--channels", type=int, default=1536, help="of UperNet (default: %(default)s)")
     parser.add_argument("--crop", type=int, default=None, help="side of a window (default: 504, or the tower's if less)")
@@ -55,7 +65,7 @@ def _run(args, training, validation):
     from paddlemix.training.arguments import PreTrainingArguments
     from paddlemix.training.objective import BatchObjective
     from paddlemix.training.processes import Processes
-    from paddlemix.training.segmentation import evaluate, read_labels, segmentation_loss, training_crop
+    from paddlemix.training.segmentation import evaluate, layer_rates, read_labels, segmentation_loss, training_crop
     from paddlemix.training.trainer import Trainer
 
     device.set_device(args.device)
@@ -66,17 +76,27 @@ def _run(args, training, validation):
     size = args.crop or min(504, tower.config.image_size)
     if size % patch:
         raise ConfigError(f"--crop is {size}: it must be a multiple of the tower's patches of {patch} pixels")
-    full = args.head == "full"
-    model = SegmentationModel(tower, "linear" if args.head == "linear" else "upernet", args.classes, None, full, args.channels)
+    full, depth = args.tune_tower or args.head == "full", tower.config.num_hidden_layers
+    if any(not 0 <= block < depth for block in args.blocks or ()):
+        raise ConfigError(f"--blocks must be from 0 to {depth - 1}: the tower has {depth} blocks")
+    head = "linear" if args.head == "linear" else "upernet"
+    if args.blocks and len(args.blocks) != (1 if head == "linear" else 4):
+        raise ConfigError("--blocks must be one number for a linear head, and four for UperNet")
+    model = SegmentationModel(tower, head, args.classes, args.blocks, full, args.channels)
+    for i, layer in enumerate(tower.encoder.layers):
+        layer.drop_path = args.drop_path_rate * i / max(depth - 1, 1) if full else 0.0
     if processes.world > 1 and not device.is_cpu():  # Paddle has no kernel for it on CPU
         model = paddle.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
-    decay = 0.0 if args.head == "linear" else 0.05
+    decay = args.weight_decay
+    if decay is None:
+        decay = 0.0 if head == "linear" and not full else 0.05
     settings = PreTrainingArguments(
         args.out, learning_rate=args.learning_rate, weight_decay=decay, lr_scheduler_type="polynomial", lr_end=0.0,
         warmup_steps=args.warmup, max_grad_norm=0.0, seed=args.seed,
     )  # fmt: skip
-    trainer = Trainer(model, trained, settings, processes, args.steps, objective=BatchObjective(segmentation_loss))
+    rates = layer_rates(depth, args.layer_decay) if args.layer_decay != 1 else None
+    trainer = Trainer(model, trained, settings, processes, args.steps, rates=rates, objective=BatchObjective(segmentation_loss))
     model.train()
     if not full:
         tower.eval()

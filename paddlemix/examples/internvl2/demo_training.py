@@ -1,5 +1,6 @@
-"""What the programs that train on drawn data share: starting the fine-tuning script, and a picture of the losses."""
+"""What the programs that train on drawn data share: tokenizers, starting the fine-tuning script, a picture of the losses."""
 
+import io
 import json
 import os
 import signal
@@ -64,6 +65,28 @@ def run_script(flags, *, model, meta, output_dir, batch, device, processes=1, ro
         BATCH_SIZE=str(batch),
         PER_DEVICE_BATCH_SIZE=str(rows or batch // processes),
     )
+
+
+def write_tokenizer(directory, texts):
+    """A tokenizer of Llama's kind for the words of some texts; returns how many tokens it has."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=600,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.model").write_bytes(model.getvalue())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings |= {"add_bos_token": True, "add_eos_token": False, "legacy": False}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
 
 
 def draw_losses(logs, picture_path, title):

@@ -9,7 +9,6 @@ pictures. Results are in ``work_dirs/demo_llava``; ``finetune`` there is a check
 """
 
 import argparse
-import io
 import json
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from paddlemix.commands import Parser
 from paddlemix.errors import command_main
 from paddlemix.examples.internvl2 import cli
-from paddlemix.examples.internvl2.demo_training import draw_losses, run_training
+from paddlemix.examples.internvl2.demo_training import draw_losses, run_training, write_tokenizer
 from paddlemix.examples.internvl_llava.demo.scenes import PARTS, SIDE, write_part
 from paddlemix.models.internvl_llava import LlavaForCausalLM
 from paddlemix.models.internvl_llava.conversation import get_template
@@ -51,28 +50,6 @@ FLAGS = f"""
     --dataloader_num_workers 0 --report_to none --save_strategy no --overwrite_output_dir True --logging_steps 5
 """.split()
 BATCH = 16
-
-
-def write_tokenizer(directory, texts):
-    """A tokenizer of Llama's kind for the words of some texts; returns how many tokens it has."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=600,
-        hard_vocab_limit=False,
-        byte_fallback=True,
-        minloglevel=2,
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "tokenizer.model").write_bytes(model.getvalue())
-    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    settings |= {"add_bos_token": True, "add_eos_token": False, "legacy": False}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
 
 
 def write_llama(model, directory):

@@ -1,0 +1,10 @@
+#!/bin/sh
+# Attention-pooling probe of InternViT-6B-448px-V2_5 on ImageNet-1K at 448 pixels. Variables and arguments: see ../run.sh.
+set -eu
+SCRIPTS=$(cd "$(dirname "$0")/.." && pwd)
+NAME=attn_pooling_probing_intern_vit_6b_448px_v2_5_in1k_448_64gpu
+TOWER=InternViT-6B-448px-V2_5
+SIZE=448
+PROBE=attention
+
+. "$SCRIPTS/run.sh"

@@ -1,0 +1,19 @@
+#!/bin/sh
+# The head of QLLaMA learns on Flickr30K, at 224 pixels. Variables and arguments: see ../run.sh.
+set -eu
+SCRIPTS=$(cd "$(dirname "$0")/.." && pwd)
+
+: "${OUTPUT_DIR:=work_dirs/internvl_stage2_finetune_flickr_224_bs1024_ep10_head_4gpu}"
+DATASET=flickr
+SIZE=224
+EPOCHS=10
+LEARNS=head
+DROP_PATH=0.0
+LAYER_DECAY=1.0
+DEFAULT_GPUS=4
+DEFAULT_NODES=1
+DEFAULT_BATCH_SIZE=128
+DEFAULT_PER_DEVICE_BATCH_SIZE=32
+SHARDING=stage3
+
+. "$SCRIPTS/run.sh"
