@@ -5,9 +5,11 @@ picture's width and height, whatever its tiling was. Asked for JSON, they write 
 ``label`` instead.
 """
 
+import functools
 import json
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
@@ -23,6 +25,13 @@ _BOX_KEYS, _NAME_KEYS = ("bbox_2d", "bbox", "box_2d", "box"), ("label", "name", 
 _ONLY_NUMBERS = re.compile(r"[^\s\d\[\].,;-]")  # what a text of nothing but boxes has not
 _FENCE = re.compile(r"```(?:json)?")
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#9a6324", "#808000")
+# Where systems keep fonts, and those among them that have Chinese characters.
+_FONT_FOLDERS = (
+    "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "/System/Library/Fonts", "C:/Windows/Fonts",
+)  # fmt: skip
+_WIDE_FONTS = (
+    "NotoSans*CJK*", "NotoSerif*CJK*", "SourceHanSans*", "wqy-*", "DroidSansFallback*", "PingFang*", "msyh*", "simsun*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -137,8 +146,8 @@ def draw_boxes(image, boxes):
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
     line = max(2, round(max(image.size) / 300))
-    font = ImageFont.load_default(size=max(11, round(max(image.size) / 45)))
     names = list(dict.fromkeys(box.name for box in boxes))
+    font = _font("".join(map(str, names)), max(11, round(max(image.size) / 45)))
     for box in boxes:
         color = _COLORS[names.index(box.name) % len(_COLORS)]
         draw.rectangle((box.x1, box.y1, box.x2, box.y2), outline=color, width=line)
@@ -149,3 +158,22 @@ def draw_boxes(image, boxes):
             draw.rectangle((x, y, x + right - left + 2 * line, y + bottom - top + 2 * line), fill=color)
             draw.text((x + line - left, y + line - top), box.name, fill="white", font=font)
     return image
+
+
+def _font(text, size):
+    """Pillow's own font, or one of the system's where ``text`` has characters that this lacks, such as Chinese ones."""
+    file = None if text.isascii() else _wide_font()
+    try:
+        return ImageFont.load_default(size=size) if file is None else ImageFont.truetype(file, size)
+    except OSError:  # a font that Pillow cannot read
+        return ImageFont.load_default(size=size)
+
+
+@functools.cache
+def _wide_font():
+    """The file of a font with Chinese characters, or None."""
+    for place in _FONT_FOLDERS:
+        for name in _WIDE_FONTS:
+            for file in sorted(Path(place).expanduser().rglob(name)):
+                return str(file)
+    return None

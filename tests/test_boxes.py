@@ -61,3 +61,13 @@ def test_boxes_are_drawn_where_they_are():
     assert changed[90, 50:151].all() and changed[40:91, 50].all()  # lower and left edge
     assert not changed[60:80, 70:130].any()  # inside
     assert not changed[95:, :].any()
+
+
+def test_chinese_names_are_drawn_where_the_system_has_a_font_for_them():
+    from paddlemix import boxes
+
+    if boxes._wide_font() is None:
+        pytest.skip("no font with Chinese characters is installed")
+    image = Image.new("RGB", (400, 200), "white")
+    one, two = (np.asarray(draw_boxes(image, [Box(name, 50, 60, 150, 90)])) for name in ("猫", "狗"))
+    assert (one != two).any()  # one glyph for all that is missing would be the same

@@ -16,9 +16,9 @@ from .helpers import ROOT, SCENE, messages, picture
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
-def batch(*flags, code=0):
+def batch(*flags, code=0, seconds=300):
     command = [sys.executable, "-m", "paddlemix", "batch", *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=seconds)
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     return done.stderr
 
@@ -75,21 +75,42 @@ def test_both_forms_bad_rows_and_other_settings(tmp_path):
     assert lines(others)[7]["response"]["body"]["choices"] == found[7]["response"]["body"]["choices"]
 
 
+def kill_when(count, *flags):
+    """Start a batch, and kill it once its file of answers, the second of ``flags``, has so many lines."""
+    command, answers = [sys.executable, "-m", "paddlemix", "batch", *map(str, flags)], flags[1]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENV)
+    while process.poll() is None and (not answers.exists() or answers.read_bytes().count(b"\n") < count):
+        time.sleep(0.05)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
 def test_killed_at_any_moment_no_line_is_lost_or_doubled(tmp_path):
     requests = write(tmp_path / "r.jsonl", rows_of(120, ignore_eos=True, max_tokens=30))
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     batch(requests, whole)
     for count in (1, 60):
-        command = [sys.executable, "-m", "paddlemix", "batch", str(requests), str(cut)]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=ENV)
-        while process.poll() is None and (not cut.exists() or cut.read_bytes().count(b"\n") < count):
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_when(count, requests, cut)
     with open(cut, "ab") as file:  # and one that was cut within a line
         file.write(b'{"id": "q11", "ans')
     batch(requests, cut)
     assert cut.read_bytes() == whole.read_bytes() and [line["id"] for line in lines(cut)] == [f"q{i}" for i in range(120)]
+
+
+@pytest.mark.slow
+def test_two_thousand_rows_killed_twice_and_by_two_actors(tmp_path):
+    requests = write(tmp_path / "r.jsonl", rows_of(2000))
+    cut, there = tmp_path / "cut.jsonl", tmp_path / "there.jsonl"
+    for count in (200, 1200):
+        kill_when(count, requests, cut)
+    batch(requests, cut, seconds=1800)
+    assert [line["id"] for line in lines(cut)] == [f"q{i}" for i in range(2000)] and all(
+        "answer" in line for line in lines(cut)
+    )
+    pytest.importorskip("ray")
+    batch(requests, there, "--ray", "local", "--processes", "2", seconds=1800)
+    assert there.read_bytes() == cut.read_bytes()
 
 
 def test_processes_and_folders_of_pictures(tmp_path):
@@ -105,16 +126,6 @@ def test_processes_and_folders_of_pictures(tmp_path):
     assert [line["id"] for line in lines(one)] == [f"inner/{i}.png" for i in range(1, 5)]
     assert sorted(two.read_bytes().splitlines()) == sorted(one.read_bytes().splitlines())
     assert {line["answer"] for line in lines(one)} <= {"red", "blue", "green"}
-
-
-@pytest.mark.slow
-def test_two_actors_of_ray_give_the_same_file(tmp_path):
-    pytest.importorskip("ray")
-    requests = write(tmp_path / "r.jsonl", rows_of(40))
-    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
-    batch(requests, here)
-    batch(requests, there, "--ray", "local", "--processes", "2")
-    assert here.read_bytes() == there.read_bytes()
 
 
 def test_what_is_wrong_with_the_flags(tmp_path):
