@@ -150,7 +150,7 @@ def test_without_a_queue_whoever_finds_a_place_is_answered():
 @pytest.mark.slow
 def test_term_lets_answers_end_and_lets_nobody_in(start):
     process, url = start("--shutdown_timeout", "200")
-    running, received = begin(url, max_tokens=1500), b""
+    running, received = begin(url, max_tokens=300), b""
     running.settimeout(300)  # tokens without a text come without a piece
     process.terminate()
     time.sleep(0.3)
