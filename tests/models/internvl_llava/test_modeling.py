@@ -102,6 +102,16 @@ def test_the_cpu_engine_answers_alike():
         assert own.chat(tokenizer(), pixels_of(chat), chat["messages"], options(chat)) == chat["text"]
 
 
+def test_weights_in_few_bits_say_nearly_the_same():
+    chat, far = CHATS[0], []
+    exact = arrays()["first_logits_0"]
+    for bits in ("int8", "int4"):
+        own = LlavaForCausalLM.from_pretrained(CHAT, vision_tower=TOWER, weight_dtype=bits, engine="eager")
+        logits = own(chat["input_ids"], pixels_of(chat)).logits.numpy()[0, -1]
+        far.append(np.abs(logits - exact).max() / np.abs(exact).max())
+    assert 0 < far[0] < 0.05 < far[1] < 1
+
+
 # ---------------------------------------------------------------------- saving
 
 
