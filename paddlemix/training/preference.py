@@ -237,10 +237,6 @@ class PreferenceObjective:
 
     def prepare(self, trainer, data):
         """With ``store``: let the reference look at all pairs of the training data, and let go of it."""
-        if self.validates and trainer.weights:
-            raise ConfigError("--sharding stage3 has no --eval_meta_path in preference training: leave one of them out")
-        if self.store is not None and trainer.weights:
-            raise ConfigError("--precompute_reference is not supported with --sharding stage3 yet: leave one of them out")
         size = trainer.model.config.image_size
         self._idle = PairCollator(blank_tile=True, tile_size=size)([])
         if self.store is None:

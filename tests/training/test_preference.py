@@ -9,6 +9,7 @@ import pytest
 from paddlemix.datasets.preference import PairCollator, PreferenceEncoder, parse_preference
 from paddlemix.errors import ConfigError, DataError
 from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
+from paddlemix.training.log import read_log
 from paddlemix.training.preference import PreferenceLoss, PreferenceObjective, Reference, encode_preference
 from tests.conftest import REFERENCE
 from tests.datasets.helpers import make_encoder
@@ -385,12 +386,21 @@ def test_precomputed_reference_equals_the_live_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_stage3_equals_one_process(tmp_path):
-    """Weights divided over two processes, the reference's copies with them."""
-    write_pairs(tmp_path)
-    one = run(tmp_path, tmp_path / "one", "--per_device_train_batch_size", 2, "--max_steps", 3)
-    flags = ["--per_device_train_batch_size", 1, "--max_steps", 3, "--devices", 2, "--sharding", "stage3"]
-    assert_same(run(tmp_path, tmp_path / "two", *flags), one, 5e-5)
+@pytest.mark.parametrize("flags", [[], ["--precompute_reference"]])
+def test_stage3_equals_one_process(tmp_path, flags):
+    """Weights divided over two processes, the reference's copies with them; held-out pairs, of which one process has more."""
+    meta = write_pairs(tmp_path)
+    (tmp_path / "held").mkdir()
+    held = write_pairs(tmp_path / "held", 3)
+    flags = [*flags, "--max_steps", 3, "--eval_meta_path", held, "--per_device_eval_batch_size", 1, "--meta_path", meta]
+    flags += ["--evaluation_strategy", "steps", "--eval_steps", 2]
+    one = run(tmp_path, tmp_path / "one", "--per_device_train_batch_size", 2, *flags)
+    divided = ["--per_device_train_batch_size", 1, "--devices", 2, "--sharding", "stage3"]
+    assert_same(run(tmp_path, tmp_path / "two", *divided, *flags), one, 5e-5)
+    evaluated = [read_log(tmp_path / name / "train_log.jsonl") for name in ("one", "two")]
+    (first, *_), (other, *_) = ([row for row in rows if "eval_loss" in row] for rows in evaluated)
+    for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_nll_loss"):
+        assert other[name] == pytest.approx(first[name], rel=5e-5, abs=1e-6), name
 
 
 @pytest.mark.slow
