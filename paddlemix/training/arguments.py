@@ -209,6 +209,8 @@ class PreTrainingArguments:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least 1")
         self.tensor_parallel_degree = max(1, self.tensor_parallel_degree)
+        if self.eval_tasks and self.tensor_parallel_degree > 1:
+            raise ConfigError("--eval_tasks asks whole models: leave out --tensor_parallel_degree, or evaluate afterwards")
         if self.expert_parallel_degree not in (-1, 0, 1, self.tensor_parallel_degree):
             raise ConfigError(
                 f"--expert_parallel_degree is {self.expert_parallel_degree}: experts are dealt over the ranks that divide the "

@@ -256,10 +256,6 @@ def _check_evaluation(data_args, args, scorer):
     """Raise ConfigError where there is nothing to evaluate, or the best model is to be told by what is not evaluated."""
     if args.eval_tasks and scorer is None:
         raise ConfigError("--eval_tasks is not supported by this command: leave it out, or use paddlemix evaluate afterwards")
-    if args.eval_tasks and args.tensor_parallel_degree > 1:
-        raise ConfigError(
-            "--eval_tasks asks whole models: leave out --tensor_parallel_degree, or use paddlemix evaluate afterwards"
-        )
     known = [*(scorer.names if scorer else ()), *(["loss"] if data_args.eval_meta_path else ())]
     if (args.do_eval or args.evaluation_strategy != "no") and not known:
         raise ConfigError(
@@ -464,7 +460,7 @@ class _Run:
         losses = [loss for loss, _ in self._noted]
         local = np.sum([sums for _, sums in self._noted], axis=0)
         tokens, places, samples, tiles, flops, data_time, step_time = self.processes.sum(local)
-        world, devices = self.processes.world, self.processes.everybody.size
+        world = self.processes.world
         values = {
             "loss": sum(losses) / steps,
             "learning_rate": rate,
@@ -472,7 +468,7 @@ class _Run:
             "tokens_per_second": tokens / elapsed,
             "samples_per_second": samples / elapsed,
             "tiles_per_step": tiles / steps,
-            "mfu": flops / devices / elapsed / self._peak,
+            "mfu": flops / self.processes.everybody.size / elapsed / self._peak,
             "step_time": step_time / world / steps,
             "data_time": data_time / world / steps,
             "memory_gb": device.peak_memory() / 1e9,
