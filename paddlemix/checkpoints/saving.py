@@ -242,7 +242,7 @@ class _OneOpenFile(OpenFiles):
 
 
 def _converted_tensor(files, source, layout, dtype):
-    location, weight, part, was_by_columns = source
+    location, weight, part, was_by_columns = source[:4]  # all of it: who converts has no share
     by_columns = is_by_columns(weight, layout)
     shape = part.shape[::-1] if by_columns else part.stored_shape
     target = dtype or location.dtype
