@@ -84,10 +84,11 @@ SOAK_SECONDS ?= 600
 soak: install
 	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -m soak
 
-# On the stand-in for Ascend (needs g++); then other tests with the setting that Ascend needs, which changes what views are.
+# On the stand-in for Ascend (needs g++); then those of models and training with the setting that Ascend needs, which changes
+# what views are.
 test-npu: install
 	$(BIN)/python -m pytest -m npu
-	FLAGS_use_stride_kernel=0 $(PYTEST) -m "$(OTHERS)"
+	FLAGS_use_stride_kernel=0 $(PYTEST) -m "$(OTHERS)" tests/models tests/training tests/kernels
 
 # The web page has an environment of its own, since Gradio wants another Pillow and hub library than the package pins.
 URL ?= http://127.0.0.1:23333/v1

@@ -211,6 +211,7 @@ def test_readers_agree_on_every_pixel(tmp_path, reader):
     assert np.abs(by_av - by_other).max() <= 1
 
 
+@pytest.mark.slow
 def test_two_hours_are_not_decoded_to_sample_eight_frames(tmp_path):
     path = clip(tmp_path / "long.mp4", 36000, rate=5, preset="ultrafast", g=250, crf=40)
     start = time.perf_counter()

@@ -111,6 +111,7 @@ def test_one_warning_where_it_listens_to_all(start):
     assert process.returncode == 0 and errors.count("warning: ") == 1 and "--api_key_file" in errors
 
 
+@pytest.mark.slow
 def test_a_full_queue_a_timeout_and_pings():
     with serving("--max_num_seqs", "1", "--max_queue", "2", "--request_timeout", "12") as (url, _):
         running = begin(url, n=16)

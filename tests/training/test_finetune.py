@@ -128,6 +128,7 @@ def test_epochs_end_where_the_data_do(tmp_path):
     assert [row["epoch"] for row in rows if "epoch" in row] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 5 / 3, 2])
 
 
+@pytest.mark.slow
 def test_packed_epochs_end_about_where_the_data_do_and_go_on_exactly(tmp_path, stop_after):
     settings = [*MODES["packed"], "--max_steps", "-1", "--num_train_epochs", "4"]
     run(tmp_path, *settings, output="whole")

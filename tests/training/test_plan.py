@@ -224,6 +224,7 @@ def peak_of_a_step(recompute, rank, tokens):
     return core.host_memory_stat_peak_value("Allocated", 0), needed.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [(False, 0, 384), (True, 8, 384), (True, 0, 640)], ids=["full", "lora", "recompute"])
 def test_peak_of_a_whole_step(case):
     # In a process of its own: the counter cannot be set back.

@@ -145,6 +145,7 @@ def losses(folder, output="out"):
     return {row["step"]: row["loss"] for row in read_log(str(folder / output / "train_log.jsonl"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", ["0", "2"])
 def test_a_run_learns_and_goes_on_exactly(tmp_path, lora):
     more = ["--use_qllama_lora", lora, "--drop_path_rate", "0.2", "--recompute", "True"]
