@@ -110,6 +110,7 @@ def test_labels_are_what_scorers_read():
     assert not is_unreadable("vqa", {}, "anything") and not is_unreadable("letter", {"options": options}, " ")
 
 
+@pytest.mark.slow
 def test_every_score_has_an_interval_and_pairs_are_drawn_together():
     rng = np.random.default_rng(0)
     right = rng.random(300) < 0.7

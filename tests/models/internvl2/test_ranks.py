@@ -56,6 +56,7 @@ def test_two_ranks_say_what_one_does_and_leave_nothing():
     assert gone("tag-one", 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["interrupt", "kill the first", "kill the other", "terminate"])
 def test_all_end_when_one_does(end):
     """While the first waits for the next question, and nobody is in a collective."""
