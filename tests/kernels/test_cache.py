@@ -17,7 +17,11 @@ pytestmark = pytest.mark.skipif(not cpu.available("float32"), reason="the CPU ke
 
 COMPILER = """#!/bin/sh
 [ "$1" = --version ] && { echo "stand-in 1"; exit; }
-if [ "$1" = -shared ]; then sleep "${SLEEP:-0}"; echo built >> "$BUILDS"; cp "$PREBUILT" "$4"; fi
+if [ "$1" = -shared ]; then
+    sleep "${SLEEP:-0}"; echo built >> "$BUILDS"
+    while [ "$1" != -o ]; do shift; done
+    cp "$PREBUILT" "$2"
+fi
 """
 
 CHILD = """
