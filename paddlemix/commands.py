@@ -71,6 +71,13 @@ def _count(text):
     return int(text)
 
 
+def positive(text):
+    """A whole number above 0, as a flag's type."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' must be a number above 0")
+    return int(text)
+
+
 def _cores(text):
     found = set()
     for part in text.split(","):

@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import stat
+from pathlib import Path
 
 from paddlemix.errors import ConfigError
 
@@ -19,6 +20,15 @@ _KINDS = (
     (stat.S_ISCHR, errno.EINVAL, "it is a device, not a file"),
     (stat.S_ISBLK, errno.EINVAL, "it is a device, not a file"),
 )
+
+
+def user_cache():
+    """The folder of the user's cache that is ours; it need not exist.
+
+    Raises:
+        RuntimeError: nobody knows the home folder.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix"
 
 
 def check_regular(path):

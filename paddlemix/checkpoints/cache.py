@@ -22,7 +22,7 @@ import numpy as np
 
 from paddlemix.commands import Parser
 from paddlemix.errors import CheckpointError, UserError, command_main
-from paddlemix.files import open_regular, read_json
+from paddlemix.files import open_regular, read_json, user_cache
 from paddlemix.quantised import padded
 
 from .contents import Location, OpenFiles, locate
@@ -48,7 +48,7 @@ def folder():
     Raises:
         RuntimeError: nobody knows the home folder.
     """
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix" / "packed"
+    return user_cache() / "packed"
 
 
 def key_of(checkpoint, bits):

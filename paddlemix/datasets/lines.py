@@ -10,12 +10,11 @@ import hashlib
 import os
 import struct
 import tempfile
-from pathlib import Path
 
 import numpy as np
 
 from paddlemix.errors import DataError
-from paddlemix.files import check_regular, open_regular
+from paddlemix.files import check_regular, open_regular, user_cache
 
 LARGE = 16 << 20  # bytes of a file whose index is kept: below, it is built in the time that opening one takes
 MOST = 256 << 20  # bytes of a line; no record is longer
@@ -88,8 +87,7 @@ class LineIndex:
 def index_places(path, name):
     """Where an index called ``name`` of the file at ``path`` may stand, in order: beside it, and in the user's cache folder."""
     path = os.path.abspath(path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix" / "indices"
-    return f"{path}.{name}", str(cache / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.{name}")
+    return f"{path}.{name}", str(user_cache() / "indices" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:16]}.{name}")
 
 
 def write_index(places, write):

@@ -28,6 +28,8 @@ from pathlib import Path
 import numpy as np
 import paddle
 
+from paddlemix.files import user_cache
+
 __all__ = [
     "Norm", "PackedLinear", "attention", "available", "compiled", "mlp", "num_threads", "rotate_and_cache", "set_num_threads",
     "timed",
@@ -123,8 +125,7 @@ def _target():
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     sources = [path.read_text() for path in (*SOURCES, *HEADERS)]
     key = "\n".join([*sources, version, *sorted(_cpu_flags()), paddle.__version__, *_flags()])
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix"
-    return compiler, libraries, cache / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    return compiler, libraries, user_cache() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
 def compiled():

@@ -14,10 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-from paddlemix.commands import Parser
+from paddlemix.commands import Parser, positive
 from paddlemix.errors import PromptError, command_main
 
-from .flags import add_form_flags, add_media_flags, add_model_flags, form_of, positive
+from .flags import add_form_flags, add_media_flags, add_model_flags, form_of
 from .rows import AnswerFile, line_of, pictures_as_rows, read_rows
 
 _NAMED = 10  # failed rows that the last lines name

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from paddlemix.commands import add_tensor_parallel, add_weight_flags
+from paddlemix.commands import add_tensor_parallel, add_weight_flags, positive
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
@@ -78,10 +78,3 @@ def _module(text):
     if not (name and equals and folder):
         raise argparse.ArgumentTypeError(f"'{text}' must be NAME=DIR")
     return name, folder
-
-
-def positive(text):
-    """A whole number above 0."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a number above 0")
-    return int(text)

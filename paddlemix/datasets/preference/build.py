@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import paddlemix
-from paddlemix.commands import Parser
+from paddlemix.commands import Parser, positive
 from paddlemix.datasets.encoding import DataOptions, SampleEncoder, marked
 from paddlemix.datasets.records import VIDEO_PLACEHOLDER, read_meta
 from paddlemix.errors import ConfigError, DataError, UserError, command_main
@@ -265,28 +265,22 @@ def make_parser():
     add("output_dir", help="where pairs and answers go")
     add("--model_name_or_path", default=str(DEMO_MODEL), help="a checkpoint, or a name of one (default: the demo model)")
     add("--method", default="sample", choices=["sample", "continue"], help="where answers come from (default: sample)")
-    add("--samples", type=_positive, default=None, help="answers to a question (default: 32; of --method continue 1)")
+    add("--samples", type=positive, default=None, help="answers to a question (default: 32; of --method continue 1)")
     add("--temperature", type=float, default=1.0, help="of sampling; 0 is greedy (default: 1)")
     add("--top_p", type=float, default=1.0, help="of sampling (default: 1)")
-    add("--max_new_tokens", type=_positive, default=1024, help="longest answer; longer ones are left out (default: 1024)")
+    add("--max_new_tokens", type=positive, default=1024, help="longest answer; longer ones are left out (default: 1024)")
     add("--instruction", default="", help="text below each question, such as how to reason")
     add("--judge", metavar="URL", help="let a model behind an OpenAI-compatible address say what is right; key: OPENAI_API_KEY")
     add("--judge_model", default="", help="its name there")
-    add("--pairs_per_question", type=_positive, default=4, help="at most (default: 4)")
-    add("--max_num", type=_positive, default=None, help="most tiles of a picture (default: the checkpoint's own)")
-    add("--num_segments", type=_positive, default=8, help="frames of a clip (default: 8)")
-    add("--max_num_seqs", type=_positive, default=32, help="answers made at once (default: 32)")
+    add("--pairs_per_question", type=positive, default=4, help="at most (default: 4)")
+    add("--max_num", type=positive, default=None, help="most tiles of a picture (default: the checkpoint's own)")
+    add("--num_segments", type=positive, default=8, help="frames of a clip (default: 8)")
+    add("--max_num_seqs", type=positive, default=32, help="answers made at once (default: 32)")
     add("--allowed_media_domains", nargs="+", default=[], help="hosts that pictures are fetched from (default: none)")
     add("--seed", type=int, default=0, help="(default: 0)")
     add("--device", default="auto", help="auto, or a Paddle device (default: auto)")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="(default: auto)")
     return parser
-
-
-def _positive(text):
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' must be a number above 0")
-    return int(text)
 
 
 def settle(args):

@@ -10,9 +10,9 @@ import asyncio
 import os
 import sys
 
+from paddlemix.commands import positive
 from paddlemix.errors import ConfigError, command_main
 from paddlemix.serving.__main__ import _listen, _serve, make_parser, settle, start_log
-from paddlemix.serving.flags import positive
 
 
 def make_cluster_parser():
