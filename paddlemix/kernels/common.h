@@ -315,4 +315,24 @@ const char* guarded(int threads, F body) {
   return error;
 }
 
+// act(x @ gate) * (x @ up) @ down of many rows: `product(linear, rows, src, activation, factor, add, dst, dtype)` is what
+// multiplies with a linear layer of the kind L, which has `k` inputs and `n` outputs. Without a gate: act(x @ up) @ down.
+template <class L, class F>
+void mlp_of_chunks(const L* gate, const L& up, const L& down, const float* x, int64_t m, const Norm& norm, int activation,
+                   const float* residual, float* out, int dtype, F product) {
+  thread_local Scratch input, gates, hidden;
+  for_chunks(m, [&](int64_t begin, int64_t rows) {
+    const void* src = prepare(x + begin * up.k, rows, up.k, norm, dtype, input);
+    void* h = hidden.get<char>(rows * up.n * size_of(dtype));
+    void* g = nullptr;
+    if (gate) {
+      g = gates.get<char>(rows * up.n * size_of(dtype));
+      product(*gate, rows, src, activation, nullptr, nullptr, g, dtype);
+    }
+    product(up, rows, src, gate ? kNone : activation, g, nullptr, h, dtype);
+    const float* add = residual ? residual + begin * down.n : nullptr;
+    product(down, rows, h, kNone, nullptr, add, out + begin * down.n, kF32);
+  });
+}
+
 }  // namespace

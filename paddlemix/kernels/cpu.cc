@@ -257,21 +257,7 @@ const char* mlp_run(int threads, const Linear* gate, const Linear* up, const Lin
                     const float* norm_weight, const float* norm_bias, float eps, int activation, const float* residual,
                     float* out) {
   return guarded(threads, [&] {
-    thread_local Scratch input, gates, hidden;
-    const Norm norm{norm_weight, norm_bias, eps};
-    const int dtype = up->dtype;
-    for_chunks(m, [&](int64_t begin, int64_t rows) {
-      const void* src = prepare(x + begin * up->k, rows, up->k, norm, dtype, input);
-      void* h = hidden.get<char>(rows * up->n * size_of(dtype));
-      void* g = nullptr;
-      if (gate) {
-        g = gates.get<char>(rows * up->n * size_of(dtype));
-        apply(*gate, rows, src, activation, nullptr, nullptr, g, dtype);
-      }
-      apply(*up, rows, src, gate ? kNone : activation, g, nullptr, h, dtype);
-      const float* add = residual ? residual + begin * down->n : nullptr;
-      apply(*down, rows, h, kNone, nullptr, add, out + begin * down->n, kF32);
-    });
+    mlp_of_chunks(gate, *up, *down, x, m, {norm_weight, norm_bias, eps}, activation, residual, out, up->dtype, apply);
   });
 }
 

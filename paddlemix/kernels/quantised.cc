@@ -296,7 +296,7 @@ void unpack_panel(const Quantised& w, int64_t first, int64_t count, T* out) {
 }
 
 // dst = activation(src @ w + bias) * mul + add for many rows, src and mul in w.dtype.
-void many(const Quantised& w, const void* src, int64_t m, int activation, const void* mul, const float* add, void* dst,
+void many(const Quantised& w, int64_t m, const void* src, int activation, const void* mul, const float* add, void* dst,
           int dst_type) {
   thread_local Scratch panel;
   const int64_t most = std::max<int64_t>(64, kPanel / w.k / 64 * 64), size = size_of(dst_type);
@@ -381,7 +381,7 @@ const char* quantised_linear_run(int threads, const Quantised* w, const float* x
       return few(*w, static_cast<const float*>(prepare(x, m, w->k, norm, kF32, input)), m, activation, residual, out);
     for_chunks(m, [&](int64_t begin, int64_t rows) {
       const void* src = prepare(x + begin * w->k, rows, w->k, norm, w->dtype, input);
-      many(*w, src, rows, activation, nullptr, residual ? residual + begin * w->n : nullptr, out + begin * w->n, kF32);
+      many(*w, rows, src, activation, nullptr, residual ? residual + begin * w->n : nullptr, out + begin * w->n, kF32);
     });
   });
 }
@@ -392,7 +392,6 @@ const char* quantised_mlp_run(int threads, const Quantised* gate, const Quantise
   return guarded(threads, [&] {
     thread_local Scratch input, gates, hidden, values, numbers, gate_values, gate_numbers;
     const Norm norm{norm_weight, norm_bias, eps};
-    const int dtype = up->dtype;
     if (m <= kFewRows) {
       const float* src = static_cast<const float*>(prepare(x, m, up->k, norm, kF32, input));
       const Rounded rounded = round_rows(*up, src, m, values, numbers);
@@ -417,18 +416,7 @@ const char* quantised_mlp_run(int threads, const Quantised* gate, const Quantise
       });
       return few(*down, h, m, kNone, residual, out);
     }
-    for_chunks(m, [&](int64_t begin, int64_t rows) {
-      const void* src = prepare(x + begin * up->k, rows, up->k, norm, dtype, input);
-      void* h = hidden.get<char>(rows * up->n * size_of(dtype));
-      void* g = nullptr;
-      if (gate) {
-        g = gates.get<char>(rows * up->n * size_of(dtype));
-        many(*gate, src, rows, activation, nullptr, nullptr, g, dtype);
-      }
-      many(*up, src, rows, gate ? kNone : activation, g, nullptr, h, dtype);
-      const float* add = residual ? residual + begin * down->n : nullptr;
-      many(*down, h, rows, kNone, nullptr, add, out + begin * down->n, kF32);
-    });
+    mlp_of_chunks(gate, *up, *down, x, m, norm, activation, residual, out, up->dtype, many);
   });
 }
 
