@@ -29,6 +29,21 @@ def tokens(reference):
     return found
 
 
+def steps(setting, parameters, compute, count):
+    """Losses of AdamW steps as a reference made them; ``compute()`` gives the loss of each."""
+    optimiser = paddle.optimizer.AdamW(
+        setting["lr"], *setting["betas"], setting["eps"], parameters=parameters, weight_decay=setting["weight_decay"]
+    )
+    found = []
+    for _ in range(count):
+        loss = compute()
+        loss.backward()
+        optimiser.step()
+        optimiser.clear_grad()
+        found.append(float(loss))
+    return found
+
+
 def losses(reference):
     """Four AdamW steps as the reference made them."""
     setting, model = reference.expected["adamw"], reference.model
@@ -36,23 +51,10 @@ def losses(reference):
     model.train()
     for parameter in model.vision_model.parameters():
         parameter.stop_gradient = True
-    optimiser = paddle.optimizer.AdamW(
-        setting["lr"],
-        *setting["betas"],
-        setting["eps"],
-        parameters=[p for p in model.parameters() if not p.stop_gradient],
-        weight_decay=setting["weight_decay"],
-    )
     ids, labels = (np.array([sample[key]]) for key in ("input_ids", "labels"))
     flags = np.full(len(tiles(1)), int((ids == model.img_context_token_id).any()))
-    found = []
-    for _ in setting["losses"]:
-        loss = model(tiles(1), ids, image_flags=flags, labels=labels).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.clear_grad()
-        found.append(float(loss))
-    return found
+    learning = [p for p in model.parameters() if not p.stop_gradient]
+    return steps(setting, learning, lambda: model(tiles(1), ids, image_flags=flags, labels=labels).loss, len(setting["losses"]))
 
 
 def main(name):

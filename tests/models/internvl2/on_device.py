@@ -4,10 +4,10 @@ import json
 import sys
 
 import numpy as np
-import paddle
 
 from paddlemix import device
 from tests.models.internvl2.test_internvl3 import load, pictures
+from tests.on_device import steps
 
 CHATS = ("qwen3", "qwen3_moe", "gpt_oss", "internlm3", "flash")
 STEPS = 2
@@ -32,21 +32,7 @@ def losses(reference):
     batch = {key: np.array(train[key]) for key in ("input_ids", "attention_mask", "labels")}
     model.config.llm_config.output_router_logits = setting["with_balance_loss"]
     model.train()
-    optimiser = paddle.optimizer.AdamW(
-        setting["lr"],
-        *setting["betas"],
-        setting["eps"],
-        parameters=model.language_model.parameters(),
-        weight_decay=setting["weight_decay"],
-    )
-    found = []
-    for _ in range(STEPS):
-        loss = model(**batch).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.clear_grad()
-        found.append(float(loss))
-    return found
+    return steps(setting, model.language_model.parameters(), lambda: model(**batch).loss, STEPS)
 
 
 def main(name):
