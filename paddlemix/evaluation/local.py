@@ -31,7 +31,9 @@ def load_model(settings, number=0):
 
     devices.set_device(_card(settings.device, number))
     directory = resolve(settings.model)
-    if str(read_json(Path(directory) / "config.json").get("model_type")).startswith("llava"):
+    from paddlemix.models.internvl_llava.configuration import is_llava
+
+    if is_llava(read_json(Path(directory) / "config.json")):
         from paddlemix.models import internvl_llava
 
         if settings.adapters or settings.scales:

@@ -67,18 +67,9 @@ class InternVL2:
         """
         from paddlemix.processors.internvl2.image import load_image
 
-        config = self.model.config
-        most = 1 if low else most
-        tiles = load_image(
-            data,
-            input_size=config.image_size,
-            min_num=min(config.min_dynamic_patch, most),
-            max_num=most,
-            use_thumbnail=config.use_thumbnail,
-            pad2square=config.pad2square,
-            dynamic=config.dynamic_image_size,
-        )
-        return tiles, None
+        tiling = self.model.config.tiling(1 if low else most)
+        tiling["min_num"] = min(tiling["min_num"], tiling["max_num"])
+        return load_image(data, **tiling), None
 
     def read_clip(self, path):
         """(tiles of all frames of a clip, how many each has)."""
@@ -148,18 +139,12 @@ def family_of(directory, args):
     values = values if isinstance(values, dict) else {}
     if makes_embeddings(values):
         return Embeddings(directory, args)
-    named = " ".join(map(str, [*_list(values.get("architectures")), *_dict(values.get("auto_map")).values()]))
-    llava = str(values.get("model_type")).startswith("llava") or "Llava" in named
-    if llava and args.minimonkey:
-        raise ConfigError(f"{directory} is an InternVL-Chat-LLaVA checkpoint: leave --minimonkey out")
-    if llava:
+    from paddlemix.models.blocks.configuration import class_names
+    from paddlemix.models.internvl_llava.configuration import is_llava
+
+    if is_llava(values):
+        if args.minimonkey:
+            raise ConfigError(f"{directory} is an InternVL-Chat-LLaVA checkpoint: leave --minimonkey out")
         return Llava(directory, args)
-    return (MiniMonkey if args.minimonkey or "monkey" in named.lower() else InternVL2)(directory, args)
-
-
-def _list(value):
-    return value if isinstance(value, list) else []
-
-
-def _dict(value):
-    return value if isinstance(value, dict) else {}
+    monkey = args.minimonkey or any("monkey" in name.lower() for name in class_names(values))
+    return (MiniMonkey if monkey else InternVL2)(directory, args)

@@ -35,18 +35,7 @@ def load_pictures(paths, config, max_num=None, exif_orientation=True, background
     from paddlemix.processors.image import load_image
 
     tiles = [
-        load_image(
-            path,
-            input_size=config.image_size,
-            min_num=config.min_dynamic_patch,
-            max_num=config.max_dynamic_patch if max_num is None else max_num,
-            use_thumbnail=config.use_thumbnail,
-            pad2square=config.pad2square,
-            dynamic=config.dynamic_image_size,
-            exif_orientation=exif_orientation,
-            background=background,
-        )
-        for path in paths
+        load_image(path, **config.tiling(max_num), exif_orientation=exif_orientation, background=background) for path in paths
     ]
     marks = "<image>\n" if len(paths) == 1 else "".join(f"Image-{i + 1}: <image>\n" for i in range(len(paths)))
     return marks, np.concatenate(tiles), [len(t) for t in tiles]

@@ -15,6 +15,13 @@ from paddlemix.models.blocks.validation import check_decoder, check_vision
 from paddlemix.validation import shown
 
 
+def class_names(values):
+    """Names of classes that the dictionary of a ``config.json`` gives its model, whatever stands there."""
+    architectures, code = values.get("architectures"), values.get("auto_map")
+    listed = architectures if isinstance(architectures, list) else []
+    return [str(name) for name in (*listed, *(code.values() if isinstance(code, dict) else ()))]
+
+
 @dataclass
 class Config:
     """A dataclass that keeps unknown keys in ``extra`` so that nothing of a published file is lost."""

@@ -103,6 +103,21 @@ class InternVLChatConfig(Config):
         """Side of a tile in pixels."""
         return self.force_image_size or self.vision_config.image_size
 
+    def tiling(self, max_num=None):
+        """Arguments of :func:`~paddlemix.processors.image.load_image` with which this checkpoint was trained to look.
+
+        Args:
+            max_num: most tiles of a picture; None for the checkpoint's own.
+        """
+        return {
+            "input_size": self.image_size,
+            "min_num": self.min_dynamic_patch,
+            "max_num": self.max_dynamic_patch if max_num is None else max_num,
+            "use_thumbnail": self.use_thumbnail,
+            "pad2square": self.pad2square,
+            "dynamic": self.dynamic_image_size,
+        }
+
     @property
     def num_image_token(self):
         """Tokens that one tile becomes: 256 for 448-pixel tiles."""

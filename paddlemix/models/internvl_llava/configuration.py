@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 
 from paddlemix.errors import ConfigError
-from paddlemix.models.blocks.configuration import Config, LanguageConfig, VisionConfig
+from paddlemix.models.blocks.configuration import Config, LanguageConfig, VisionConfig, class_names
 from paddlemix.validation import LAYERS, RANK, SIDE, WIDTH, Flag, Integer, OneOf, Text, check, optional, shown
 
 MODEL_TYPES = ("llava_llama", "llava")
@@ -27,6 +27,11 @@ _RULES = {
     "use_llm_lora": RANK,
 }
 _OTHER_TOWERS = re.compile(r"clip|eva|internvl[-_]?14b", re.IGNORECASE)
+
+
+def is_llava(values):
+    """Whether the dictionary of a ``config.json`` is of such a checkpoint, by any of the marks that published ones have."""
+    return str(values.get("model_type")).startswith("llava") or any("Llava" in name for name in class_names(values))
 
 
 @dataclass
