@@ -11,9 +11,10 @@ divided its parts are summed, and where its outputs are, every rank takes all in
 import contextlib
 import os
 import socket
+import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 
 import numpy as np
 import paddle
@@ -23,9 +24,9 @@ from paddle.base import core
 from paddlemix import device
 from paddlemix.errors import ParallelError
 
-__all__ = ["Group", "connect", "free_port", "now_doing"]
+__all__ = ["Group", "connect", "free_port", "limited", "now_doing"]
 
-_made = 0  # groups of this process, whose numbers must differ
+_made = 0  # highest number of a group of this process
 _doing = ""  # what a message says of when a collective failed
 
 
@@ -42,32 +43,62 @@ def free_port():
         return found.getsockname()[1]
 
 
+def limited(seconds, function):
+    """What ``function()`` returns or raises, where it waits for a store: those of Paddle know no limit.
+
+    Raises:
+        concurrent.futures.TimeoutError: after ``seconds``; the thread that it waits in is left behind.
+    """
+    found = futures.Future()
+
+    def run():
+        try:
+            found.set_result(function())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="meeting", daemon=True).start()
+    return found.result(seconds)
+
+
 def connect(rank, size, host, port, timeout=120, name="the ranks"):
     """The :class:`Group` of ``size`` ranks that meet at ``host:port``, where the first of them listens.
 
     Raises:
         ParallelError: they did not all come within ``timeout`` seconds.
     """
-    global _made
-    _made += 1
     before = os.environ.get("PADDLE_TRAINER_ID")
     os.environ["PADDLE_TRAINER_ID"] = str(rank)  # Paddle's groups read it when they are made
     try:
-        store = core.TCPStore(host, port, rank == 0, size, timeout)
-        store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()}".encode())
-        group = Group(rank, size, store, _process_group(store, rank, size, _made), name)
-        group.processes = [bytes(store.get(f"process/{other}")).decode().rsplit(" ", 1) for other in range(size)]
-        return group
-    except (RuntimeError, ValueError) as error:
+        # A little longer than the store's own limit, so that a thread is left behind only in what has none.
+        return limited(timeout + 2, lambda: _met(rank, size, host, port, timeout, name))
+    except (OSError, RuntimeError, SystemError, ValueError, futures.TimeoutError) as error:
+        said = f" ({str(error).splitlines()[0][:160]})" if str(error) else ""
         raise ParallelError(
-            f"rank {rank} did not meet the others of {size} at {host}:{port} within {timeout} seconds "
-            f"({str(error).splitlines()[0][:160]}): look for the first rank that ended"
+            f"rank {rank} did not meet the others of {size} at {host}:{port} within {timeout} seconds{said}: "
+            "look for the first rank that ended"
         ) from None
     finally:
         if before is None:
             del os.environ["PADDLE_TRAINER_ID"]
         else:
             os.environ["PADDLE_TRAINER_ID"] = before
+
+
+def _met(rank, size, host, port, timeout, name):
+    """What :func:`connect` returns.
+
+    A group's number, part of the keys by which ranks find each other, must be new in each process and the same in all: ranks
+    that have made different numbers of groups before would wait for each other for ever.
+    """
+    global _made
+    store = core.TCPStore(host, port, rank == 0, size, timeout)
+    store.set(f"process/{rank}", f"{socket.gethostname()} {os.getpid()} {_made}".encode())
+    processes = [bytes(store.get(f"process/{other}")).decode().rsplit(" ", 2) for other in range(size)]
+    _made = 1 + max(int(made) for _, _, made in processes)
+    group = Group(rank, size, store, _process_group(store, rank, size, _made), name)
+    group.processes = [(machine, process) for machine, process, _ in processes]
+    return group
 
 
 def _process_group(store, rank, size, number):
@@ -131,7 +162,7 @@ class Group:
         """
         self.overlaps = self.size > 1
         if self.overlaps and device.is_cpu() and self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="collectives")
+            self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="collectives")
 
     def _now(self, name, *given):
         began = time.monotonic()

@@ -5,14 +5,17 @@ Ranks next to each other divide a layer, and those that have the same share of i
 
 import functools
 import os
+from concurrent import futures
 
 from paddle.base import core
 
-from paddlemix.errors import ConfigError
+from paddlemix.errors import ConfigError, ParallelError
 
-from .groups import Group, connect, free_port
+from .groups import Group, connect, free_port, limited
 
 __all__ = ["data_group", "tensor_group", "world_group"]
+
+_PATIENCE = 900  # seconds, as the store that a launcher's processes meet at
 
 
 def _rank():
@@ -63,5 +66,10 @@ def _group(ranks, name):
     if place == 0:  # a store of its own, on the machine of the group's first process
         host = os.environ.get("PADDLE_CURRENT_ENDPOINT", "127.0.0.1:0").rpartition(":")[0]
         store.set(key, f"{host}:{free_port()}".encode())
-    host, _, port = bytes(store.get(key)).decode().rpartition(":")
+    try:
+        host, _, port = bytes(limited(_PATIENCE, lambda: store.get(key))).decode().rpartition(":")
+    except futures.TimeoutError:
+        raise ParallelError(
+            f"process {_rank()} waited {_PATIENCE} seconds for process {ranks[0]}, the first of {name}: look at its log for why"
+        ) from None
     return connect(place, len(ranks), host, int(port), name=name)

@@ -11,8 +11,7 @@ from paddlemix.models.internvl2 import ChatSession, InternVLChatConfig, InternVL
 from paddlemix.processors.image import load_image
 from tests.conftest import REFERENCE, assert_close, load_reference, tiles
 
-# Starting ranks takes long, and a meeting of four was seen to wait for ever once.
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # starting ranks takes long
 
 OLD = ("qwen2", "internlm2", "llama_vit6b", "phi3")
 NEW = ("qwen3_moe", "gpt_oss", "qwen3", "internlm3")
