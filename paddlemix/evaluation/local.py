@@ -127,7 +127,10 @@ class LocalModel:
         return COT_TOKENS if self.settings.cot else task.max_new_tokens
 
     def encode(self, task, question):
-        """(question, pixels, counts, prompt, pictures with digests), or (question, error)."""
+        """(question, pixels, counts, prompt, pictures with digests, compress), or (question, error).
+
+        ``compress`` tells which positions of the prompt are left out; None: all are kept.
+        """
         from paddlemix.models.blocks.chat import digested
 
         try:
@@ -142,18 +145,15 @@ class LocalModel:
                     self._read[key] = found
                     while len(self._read) > 8:
                         self._read.popitem(last=False)
-            pixels, counts, marks, pictures = found
+            pixels, counts, marks, compress, pictures = found
             prompt = marks + question.prompt
-            return question, pixels, counts, COT.format(prompt) if self.settings.cot else prompt, pictures
+            return question, pixels, counts, COT.format(prompt) if self.settings.cot else prompt, pictures, compress
         except UserError as error:
             return question, str(error)
 
     def _tiles(self, question, task):
         settings = self.settings
-        return tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num)
-
-    def _compress(self, question, task):
-        """What tells which positions of a prompt are left out; None: all are kept."""
+        return *tiles(question, task, self.model.config, settings.dynamic, settings.max_num or task.max_num), None
 
     def answers(self, task, items):
         """Answers to any number of questions, with as many under way as :meth:`batch_size` says.
@@ -183,7 +183,7 @@ class LocalModel:
                     if len(item) == 2:
                         raise DataError(item[1])
                     ids, pictures = prompt_and_pictures(model, tokenizer, template, item[3], item[4])
-                    yield key, ids, pictures, key if isinstance(key, int) else stream, self._compress(item[0], task)
+                    yield key, ids, pictures, key if isinstance(key, int) else stream, item[5]
                 except UserError as error:
                     yield key, error
 
@@ -269,25 +269,14 @@ class TwoScales(LocalModel):
         from paddlemix.processors.minimonkey import multi_scale_tiles
 
         if not question.pictures:
-            return None, [], ""
+            return None, [], "", None
         if len(question.pictures) > 1 or question.clip:
             raise DataError(f"question {question.id} has several pictures, but Mini-Monkey looks at one: use another model")
-        pixels, _, _ = multi_scale_tiles(question.pictures[0], self.model.config.image_size, **self._bounds(task))
-        return pixels, [len(pixels)], ""
-
-    def _bounds(self, task):
-        """Tiles of the two scales: as published for the benchmark, unless --max_num says otherwise."""
-        return {"max_num": self.settings.max_num} if self.settings.max_num else {"ranges": ranges_of(task.name)}
-
-    def _compress(self, question, task):
-        if self.settings.scales != "scm" or not question.pictures:
-            return None
-        from paddlemix.processors.image import open_image
-        from paddlemix.processors.minimonkey import grids
-
-        size = open_image(question.pictures[0]).size
-        grid, _ = grids(size, self.model.config.image_size, **self._bounds(task))
-        return functools.partial(self.model.dropped_of, grid=grid)
+        # As published for the benchmark, unless --max_num says otherwise.
+        bounds = {"max_num": self.settings.max_num} if self.settings.max_num else {"ranges": ranges_of(task.name)}
+        pixels, grid, _ = multi_scale_tiles(question.pictures[0], self.model.config.image_size, **bounds)
+        compress = functools.partial(self.model.dropped_of, grid=grid) if self.settings.scales == "scm" else None
+        return pixels, [len(pixels)], "", compress
 
 
 class LlavaModel(LocalModel):

@@ -35,10 +35,10 @@ def model():
 def test_tiles_are_in_the_ranges_of_the_benchmark(model, name, ranges):
     local, task = TwoScales(model, load_tokenizer(CHECKPOINT), Settings(model=CHECKPOINT, scales="scm")), TASKS[name]
     question = Question(0, "Read.", (PICTURE,))
-    _, pixels, counts, _, _ = local.encode(task, question)
+    _, pixels, counts, _, _, compress = local.encode(task, question)
     expected, grid, (coarse, fine) = multi_scale_tiles(PICTURE, model.config.image_size, ranges=ranges)
     np.testing.assert_array_equal(pixels, expected)
-    assert counts == [len(expected)] and local._compress(question, task).keywords == {"grid": grid}
+    assert counts == [len(expected)] and compress.keywords == {"grid": grid}
     (fewest, most), (fewest_b, most_b) = ranges
     assert fewest <= grid[0] * grid[1] <= most
     assert fewest_b <= coarse - (coarse > 1) <= most_b and fine == grid[0] * grid[1] + (grid[0] * grid[1] > 1)
@@ -47,5 +47,6 @@ def test_tiles_are_in_the_ranges_of_the_benchmark(model, name, ranges):
 def test_the_users_bound_comes_first(model):
     settings = Settings(model=CHECKPOINT, scales="scm", max_num=5)
     local = TwoScales(model, load_tokenizer(CHECKPOINT), settings)
-    grid = local._compress(Question(0, "Read.", (PICTURE,)), TASKS["vqa-docvqa-val"]).keywords["grid"]
+    *_, compress = local.encode(TASKS["vqa-docvqa-val"], Question(0, "Read.", (PICTURE,)))
+    grid = compress.keywords["grid"]
     assert grid == multi_scale_tiles(PICTURE, model.config.image_size, max_num=5)[1] and grid[0] * grid[1] <= 5
