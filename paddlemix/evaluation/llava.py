@@ -145,8 +145,11 @@ def read_questions(name, data_root, num_chunks=1, chunk_idx=0, **options):
     Raises:
         DataError: a file is missing or damaged.
     """
+    return _questions(name, data_root, chunk(read_rows(name, data_root), num_chunks, chunk_idx), **options)
+
+
+def _questions(name, data_root, rows, **options):
     kind, _, images = _set(name)
-    rows = chunk(read_rows(name, data_root), num_chunks, chunk_idx)
     if kind == "mmbench":
         return list(mmbench_questions(rows, **options))
     images = os.path.join(data_root, images)
@@ -236,7 +239,7 @@ def load_llava(task, data_root):
     from .rows import Question as Row
 
     found, rows, seen = read_rows(task.name, data_root), [], {}
-    questions = read_questions(task.name, data_root)
+    questions = _questions(task.name, data_root, found)
     for question, row, truth in zip(questions, found, truths(task.name, data_root, found)):
         values = dict(question.values)
         identity = values["question_id"]
