@@ -136,7 +136,7 @@ class LocalModel:
         try:
             if question.error:
                 return question, question.error
-            key = (question.pictures, str(question.clip)) if question.pictures else None
+            key = (task.name, question.pictures, str(question.clip)) if question.pictures else None
             found = self._read.get(key)
             if found is None:
                 found = self._tiles(question, task)

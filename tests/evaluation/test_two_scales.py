@@ -44,6 +44,14 @@ def test_tiles_are_in_the_ranges_of_the_benchmark(model, name, ranges):
     assert fewest_b <= coarse - (coarse > 1) <= most_b and fine == grid[0] * grid[1] + (grid[0] * grid[1] > 1)
 
 
+def test_a_picture_of_two_benchmarks_is_cut_for_each(model):
+    local = TwoScales(model, load_tokenizer(CHECKPOINT), Settings(model=CHECKPOINT))
+    question = Question(0, "Read.", (PICTURE,))
+    for name in ("vqa-textvqa-val", "ccbench-dev"):
+        expected, _, _ = multi_scale_tiles(PICTURE, model.config.image_size, ranges=PUBLISHED[name])
+        np.testing.assert_array_equal(local.encode(TASKS[name], question)[1], expected)
+
+
 def test_the_users_bound_comes_first(model):
     settings = Settings(model=CHECKPOINT, scales="scm", max_num=5)
     local = TwoScales(model, load_tokenizer(CHECKPOINT), settings)
