@@ -2,6 +2,8 @@
 
 A name can lead to a pipe that nobody writes to, to a device without an end, or to a file of ``/proc`` that is larger than
 the machine; opening or reading those would hang or take all memory.
+
+Also files of lines that grow from run to run, of which one that was killed leaves a part of a line.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ import os
 import stat
 from pathlib import Path
 
-from paddlemix.errors import ConfigError
+from paddlemix.errors import ConfigError, DataError
 
 _KINDS = (
     (stat.S_ISDIR, errno.EISDIR, "it is a folder"),
@@ -109,3 +111,41 @@ def parse_json(content, path, error=ConfigError):
     if not isinstance(values, dict):
         raise error(f"{path} holds no JSON object: download or copy it again")
     return values
+
+
+def lock(file, another="another file"):
+    """Keep an open file from other runs until it is closed, where the system can do that.
+
+    Args:
+        file: open for writing.
+        another: what the message says to use instead.
+
+    Raises:
+        DataError: another run writes to it.
+    """
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{file.name} is being written by another run: wait for it, or use {another}") from None
+
+
+def whole_lines(file):
+    """Yield (number, line) of a file that is open for reading and writing bytes; a last line that was cut is taken away."""
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            file.truncate(file.tell() - len(line))
+            break
+        yield number, line
+    file.seek(0, os.SEEK_END)
+
+
+def drop_cut_line(path):
+    """Take away a last line that was cut, of the file at ``path`` if there is one."""
+    if os.path.exists(path):
+        with open(path, "rb+") as file:
+            for _ in whole_lines(file):
+                pass

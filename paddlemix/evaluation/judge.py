@@ -7,6 +7,7 @@ import os
 
 from paddlemix.completions import complete
 from paddlemix.errors import DataError
+from paddlemix.files import drop_cut_line
 
 from .answers import lines_of, read_answers
 from .judge_prompts import JudgePrompt
@@ -25,7 +26,7 @@ def review(task, rows, directory, url, model, prompt=None, pause=1.0):
     path = directory / "reviews.jsonl"
     prompt = prompt or JudgePrompt(task.judge)
     known, problems = {str(row["id"]): row for row in read_answers(path)}, []
-    _end_at_a_line(path)
+    drop_cut_line(path)
 
     def is_known(row):  # a verdict belongs to an answer, a judge and a prompt
         before = known.get(str(row["id"]), {})
@@ -49,14 +50,6 @@ def review(task, rows, directory, url, model, prompt=None, pause=1.0):
             file.flush()
             os.fsync(file.fileno())
     return [{**row, "review": known[str(row["id"])]["review"]} for row in wanted if is_known(row)], problems
-
-
-def _end_at_a_line(path):
-    """Cut off a last line that was not written whole, so that the next does not go on in it."""
-    if path.exists():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
 
 
 class Server:

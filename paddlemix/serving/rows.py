@@ -4,7 +4,6 @@ A request is OpenAI's (``{custom_id, method, url, body}``) or short (``{id, imag
 field of a request). Lines are written as answers come, each whole before it counts; one that a kill cut off is written again.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paddlemix.errors import DataError
-from paddlemix.files import open_regular
+from paddlemix.files import lock, open_regular, whole_lines
 
 __all__ = ["AnswerFile", "Row", "RowError", "pictures_as_rows", "read_row", "read_rows"]
 
@@ -232,7 +231,7 @@ class AnswerFile:
         known = self.path.with_name(f"{self.path.name}.run.json")
         try:
             self._file = open(self.path, "ab+")  # noqa: SIM115 - closed by finish
-            self._lock()
+            lock(self._file)
             if os.fstat(self._file.fileno()).st_size:
                 self._check(known, settings)
                 self._take_over()
@@ -242,15 +241,6 @@ class AnswerFile:
                 os.replace(unfinished, known)
         except OSError as error:
             raise DataError(f"{path} cannot be written ({error.strerror}): make room, or use another") from None
-
-    def _lock(self):
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{self.path} is being written by another run: wait for it, or use another file") from None
 
     def _check(self, known, settings):
         try:
@@ -265,11 +255,7 @@ class AnswerFile:
 
     def _take_over(self):
         """Note what is answered; a last line that was cut is taken back."""
-        self._file.seek(0)
-        for number, line in enumerate(self._file, 1):
-            if not line.endswith(b"\n"):
-                self._file.truncate(self._file.tell() - len(line))
-                break
+        for number, line in whole_lines(self._file):
             try:
                 value = json.loads(line)
                 key = _key_of(value)
@@ -278,7 +264,6 @@ class AnswerFile:
             self.done.add(key)
             if value.get("error") is not None:
                 self.failed.add(key)
-        self._file.seek(0, os.SEEK_END)
 
     def add(self, row, line):
         """Write the line of a row."""

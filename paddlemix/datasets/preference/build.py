@@ -13,7 +13,6 @@ all that the model said. Started again after it was ended, it goes on; pairs are
 """
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -26,7 +25,7 @@ from paddlemix.commands import Parser, positive
 from paddlemix.datasets.encoding import DataOptions, SampleEncoder, marked
 from paddlemix.datasets.records import VIDEO_PLACEHOLDER, read_meta
 from paddlemix.errors import ConfigError, DataError, UserError, command_main
-from paddlemix.files import read_json
+from paddlemix.files import lock, read_json, whole_lines
 from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER
 from paddlemix.processors.media import Remote
 
@@ -53,24 +52,11 @@ class Lines:
         self.path, self.rows = Path(path), {}
         try:
             self._file = open(path, "ab+")  # noqa: SIM115 - closed by close
-            self._lock()
-            self._file.seek(0)
-            for number, line in enumerate(self._file, 1):
-                if not line.endswith(b"\n"):
-                    self._file.truncate(self._file.tell() - len(line))
-                    break
+            lock(self._file, "another folder")
+            for number, line in whole_lines(self._file):
                 self._note(line, number)
         except OSError as error:
             raise DataError(f"{path} cannot be written ({error.strerror}): make room, or use another folder") from None
-
-    def _lock(self):
-        with contextlib.suppress(ImportError):
-            import fcntl
-
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DataError(f"{self.path} is being written by another run: wait for it, or use another folder") from None
 
     def _note(self, line, number):
         try:

@@ -13,6 +13,7 @@ import sys
 
 from paddlemix.errors import ConfigError, ImageError, command_main
 from paddlemix.examples.internvl import cli
+from paddlemix.files import drop_cut_line
 
 
 @command_main
@@ -88,7 +89,7 @@ def _caption(args, session, paths, target, references):
 
     prompt = np.array([session.tokenizer.encode_prompt(args.prompt)])
     options = {name: getattr(args, name) for name in ("num_beams", "min_new_tokens", "max_new_tokens", "length_penalty")}
-    _drop_cut_line(target)
+    drop_cut_line(target)
     with open(target, "ab") as file, tqdm(total=len(paths), disable=not session.processes.is_first) as bar:
         for at in range(0, len(paths), args.batch_size):
             pixels, good = [], []
@@ -108,13 +109,6 @@ def _caption(args, session, paths, target, references):
                 file.flush()
                 os.fsync(file.fileno())
             bar.update(len(paths[at : at + args.batch_size]))
-
-
-def _drop_cut_line(path):
-    """Cut off what a killed run left of a line."""
-    if os.path.exists(path):
-        with open(path, "rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _finish(args, session, paths, references):
