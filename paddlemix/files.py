@@ -3,7 +3,7 @@
 A name can lead to a pipe that nobody writes to, to a device without an end, or to a file of ``/proc`` that is larger than
 the machine; opening or reading those would hang or take all memory.
 
-Also files of lines that grow from run to run, of which one that was killed leaves a part of a line.
+Also writing a text whole, and files of lines that grow from run to run, of which one that was killed leaves a part of a line.
 """
 
 import contextlib
@@ -111,6 +111,33 @@ def parse_json(content, path, error=ConfigError):
     if not isinstance(values, dict):
         raise error(f"{path} holds no JSON object: download or copy it again")
     return values
+
+
+@contextlib.contextmanager
+def naming(path):
+    """Say of which file it is that there is no more room for it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
+
+
+def write_whole(path, text):
+    """Write a text in UTF-8, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; ``filename`` says which.
+    """
+    unfinished = Path(path).with_name(f".{Path(path).name}.tmp")
+    try:
+        with naming(path), open(unfinished, "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        unfinished.unlink(missing_ok=True)  # what is there already may need the room
+        raise
+    os.replace(unfinished, path)
 
 
 def lock(file, another="another file"):

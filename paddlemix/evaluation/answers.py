@@ -1,39 +1,16 @@
 """The folder of a run: answers as they come, what the run was, and the score. An interrupted run loses no answer written."""
 
-import contextlib
 import json
 import os
 from pathlib import Path
 
 from paddlemix.errors import ConfigError, DataError
-from paddlemix.files import read_json
-
-
-@contextlib.contextmanager
-def _naming(path):
-    """Say of which file it is that there is no more room for it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, error.filename or str(path)) from None
-
-
-def _write_whole(path, text):
-    unfinished = Path(path).with_name(f".{Path(path).name}.tmp")
-    try:
-        with _naming(path), open(unfinished, "wb") as file:
-            file.write(text.encode("utf-8"))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        unfinished.unlink(missing_ok=True)  # what is there already may need the room
-        raise
-    os.replace(unfinished, path)
+from paddlemix.files import naming, read_json, write_whole
 
 
 def write_json(path, values):
     """Write a JSON file, whole or not at all."""
-    _write_whole(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
+    write_whole(path, json.dumps(values, ensure_ascii=False, indent=1) + "\n")
 
 
 def lines_of(rows):
@@ -126,13 +103,13 @@ class RunFolder:
         self._file = None
 
     def _rewrite(self, rows):
-        _write_whole(self.path, lines_of(rows[index] for index in sorted(rows)))
+        write_whole(self.path, lines_of(rows[index] for index in sorted(rows)))
 
     def add(self, rows):
         """Write answers; they are on the disk when this returns."""
         if self._file is None:
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed by finish; what fails is not tried again
-        with _naming(self.path):
+        with naming(self.path):
             left = memoryview(lines_of(rows).encode("utf-8"))
             while left:
                 left = left[self._file.write(left) :]

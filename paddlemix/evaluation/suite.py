@@ -5,6 +5,7 @@ import io
 from pathlib import Path
 
 from paddlemix.errors import DataError
+from paddlemix.files import write_whole
 
 from .answers import write_json
 from .rows import read_text
@@ -80,9 +81,7 @@ def write_suite(results, out_dir, published=()):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     sources = sorted({(row["model"], row["source"]) for row in published if row["source"]})
     notes = [f"- {model}: {source}" for model, source in sources]
-    unfinished = Path(out_dir) / ".suite.md"
-    unfinished.write_text("\n".join([*lines, *([""] if notes else []), *notes]) + "\n", encoding="utf-8")
-    unfinished.replace(Path(out_dir) / "suite.md")
+    write_whole(Path(out_dir) / "suite.md", "\n".join([*lines, *([""] if notes else []), *notes]) + "\n")
     keys = ("task", "metric", "score", "intervals", "questions", "scored", "failed", "published")
     write_json(Path(out_dir) / "suite.json", [{key: result[key] for key in keys if key in result} for result in results])
     return lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paddlemix.errors import DataError
-from paddlemix.files import lock, open_regular, whole_lines
+from paddlemix.files import lock, open_regular, whole_lines, write_whole
 
 __all__ = ["AnswerFile", "Row", "RowError", "pictures_as_rows", "read_row", "read_rows"]
 
@@ -236,9 +236,7 @@ class AnswerFile:
                 self._check(known, settings)
                 self._take_over()
             else:
-                unfinished = known.with_name(f".{known.name}.tmp")
-                unfinished.write_text(json.dumps(settings, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-                os.replace(unfinished, known)
+                write_whole(known, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
         except OSError as error:
             raise DataError(f"{path} cannot be written ({error.strerror}): make room, or use another") from None
 

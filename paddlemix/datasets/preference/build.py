@@ -25,7 +25,7 @@ from paddlemix.commands import Parser, positive
 from paddlemix.datasets.encoding import DataOptions, SampleEncoder, marked
 from paddlemix.datasets.records import VIDEO_PLACEHOLDER, read_meta
 from paddlemix.errors import ConfigError, DataError, UserError, command_main
-from paddlemix.files import lock, read_json, whole_lines
+from paddlemix.files import lock, read_json, whole_lines, write_whole
 from paddlemix.models.blocks.conversation import IMAGE_PLACEHOLDER
 from paddlemix.processors.media import Remote
 
@@ -304,19 +304,13 @@ def check_settings(args, sources):
     try:
         os.makedirs(args.output_dir, exist_ok=True)
         if not answers.exists() or not answers.stat().st_size:
-            _write(path, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
+            write_whole(path, json.dumps(settings, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         raise DataError(f"{args.output_dir} cannot be written ({error.strerror}): use another folder") from None
     before = read_json(path, DataError, absent="use another folder")
     for name, value in settings.items():
         if before.get(name) != value:
             raise DataError(f"{answers} was made with other settings ({name}): use another folder")
-
-
-def _write(path, text):
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def sample(args, sources, lines):
@@ -439,7 +433,7 @@ def write_pairs(args, sources, lines, verdicts):
             f"no question has both right and wrong answers ({counts['without a pair']} without, {counts['not usable']} not "
             "usable): ask harder ones, raise --samples or --temperature, or name a --judge"
         )
-    _write(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=2) + "\n")
+    write_whole(folder / "meta.json", json.dumps(meta, ensure_ascii=False, indent=2) + "\n")
     return counts
 
 
