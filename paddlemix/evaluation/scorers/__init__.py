@@ -76,13 +76,12 @@ def field(reference, name):
         raise DataError(f"the reference of question {reference.get('id')!r} has no '{name}': it cannot be scored") from None
 
 
-def score_with(name, predictions, references, each=False, key="answer"):
-    """Scores by the scorer ``name``, or by a function like one.
+def texts_of(predictions, references, key="answer"):
+    """The text for each reference, or None where there is none, as scorers take them.
 
     Args:
         predictions: dictionaries with ``id`` and ``key``, in any order; ids without a reference are ignored.
-        references: dictionaries with ``id`` and what the scorer asks for.
-        each: return ``(scores, one number a question)``.
+        references: a list of dictionaries with ``id``.
 
     Raises:
         DataError: a prediction or reference has no id, or two of one kind have the same.
@@ -95,7 +94,6 @@ def score_with(name, predictions, references, each=False, key="answer"):
             raise DataError(f"two predictions have the id {prediction['id']!r}: leave one out")
         answer = prediction.get(key)
         given[_join(prediction["id"])] = None if answer is None else str(answer)
-    references = list(references)
     seen = set()
     for number, reference in enumerate(references):
         if not isinstance(reference, dict) or "id" not in reference:
@@ -103,11 +101,25 @@ def score_with(name, predictions, references, each=False, key="answer"):
         if _join(reference["id"]) in seen:
             raise DataError(f"two references have the id {reference['id']!r}: leave one out")
         seen.add(_join(reference["id"]))
+    return [given.get(_join(reference["id"])) for reference in references]
+
+
+def score_with(name, predictions, references, each=False, key="answer"):
+    """Scores by the scorer ``name``, or by a function like one.
+
+    Args:
+        predictions, key: see :func:`texts_of`.
+        references: dictionaries with ``id`` and what the scorer asks for.
+        each: return ``(scores, one number a question)``.
+
+    Raises:
+        DataError: a prediction or reference has no id, or two of one kind have the same; or there are no references.
+    """
+    references = list(references)
+    texts = texts_of(predictions, references, key)
     if not references:
         raise DataError("there are no references: nothing can be scored")
-    scores, values = (name if callable(name) else scorer(name))(
-        references, [given.get(_join(reference["id"])) for reference in references]
-    )
+    scores, values = (name if callable(name) else scorer(name))(references, texts)
     scores = {key: float(value) for key, value in scores.items()}
     return (scores, [float(value) for value in values]) if each else scores
 

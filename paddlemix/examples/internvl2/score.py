@@ -27,6 +27,7 @@ def main(argv=None):
     from paddlemix.evaluation.intervals import intervals
     from paddlemix.evaluation.loaders import load
     from paddlemix.evaluation.own import task_of_file
+    from paddlemix.evaluation.scorers import texts_of
     from paddlemix.evaluation.tasks import TASKS, score, select
 
     known = args.task in TASKS or not args.task.endswith((".yaml", ".yml", ".tsv"))
@@ -41,12 +42,10 @@ def main(argv=None):
     asked = {str(reference["id"]) for reference in references}
     given = {str(row.get("id")) for row in rows}
     strangers = sorted(given - asked)
-    scores = score(task, [row for row in rows if "error" not in row], references)
+    answered = [row for row in rows if "error" not in row]
+    scores = score(task, answered, references)
     result = {"task": task.name, "score": scores, "questions": len(references), "missing": len(asked - given)}
-    given_by_id = {str(row.get("id")): row for row in rows if "error" not in row}
-    key = task.prediction_key
-    texts = [given_by_id.get(str(reference["id"]), {}).get(key) for reference in references]
-    texts = [None if text is None else str(text) for text in texts]
+    texts = texts_of(answered, references, task.prediction_key)
     result |= {"intervals": intervals(task.scorer, references, texts), "without_question": len(strangers)}
     print(json.dumps(result, indent=1, ensure_ascii=False))
     if strangers:

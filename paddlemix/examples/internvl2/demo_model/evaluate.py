@@ -72,13 +72,14 @@ def load_part(task, data_root):
 
 def score_part(references, answers):
     """Shares of right answers: of each kind of question, and ``overall``."""
+    from paddlemix.evaluation.scorers import mean, means_by
+
     each = [
         float(answer is not None and is_right(reference["category"], answer, reference["answers"][0]))
         for reference, answer in zip(references, answers)
     ]
-    kinds = sorted({reference["category"] for reference in references})
-    of = {kind: [value for r, value in zip(references, each) if r["category"] == kind] for kind in kinds}
-    return {**{kind: sum(values) / len(values) for kind, values in of.items()}, "overall": sum(each) / len(each)}, each
+    by_kind = means_by([reference["category"] for reference in references], each)
+    return {**dict(sorted(by_kind.items())), "overall": mean(each)}, each
 
 
 def task_of(meta_path):
