@@ -59,8 +59,9 @@ def train(model, tokenizer, steps):
     import numpy as np
     import paddle
 
+    from paddlemix.datasets.collate import padded
+    from paddlemix.models.blocks.conversation import IGNORE_INDEX, encode_conversations
     from paddlemix.models.blocks.thinking import SYSTEM_MESSAGE
-    from paddlemix.models.internvl2.conversation import encode_conversations
 
     template = model.template().with_system_message(SYSTEM_MESSAGE)
     rows, losses = [], []
@@ -68,8 +69,9 @@ def train(model, tokenizer, steps):
         turns = [{"from": "human", "value": QUESTION.format(number)}, {"from": "gpt", "value": answer_to(number)}]
         rows.append(encode_conversations(turns, tokenizer, template, []))
     width = max(len(ids) for ids, _ in rows)
-    ids, labels = (np.array([row[i] + [fill] * (width - len(row[i])) for row in rows]) for i, fill in ((0, 0), (1, -100)))
-    mask = np.array([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows])
+    ids = np.stack([padded(ids, width, 0) for ids, _ in rows])
+    labels = np.stack([padded(labels, width, IGNORE_INDEX) for _, labels in rows])
+    mask = np.stack([padded(np.ones(len(ids), "int64"), width, 0) for ids, _ in rows])
     schedule = paddle.optimizer.lr.CosineAnnealingDecay(3e-3, steps)
     clip = paddle.nn.ClipGradByGlobalNorm(1.0)
     learned = model.language_model.parameters()
