@@ -11,6 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
+from paddlemix.commands import Parser
 from paddlemix.errors import command_main
 from paddlemix.examples.internvl2 import cli
 from paddlemix.files import read_json
@@ -102,7 +103,7 @@ def ask(model, tokenizer, question):
 @command_main
 def main():
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="work_dirs/demo_thinking", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or another Paddle device (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=120, help="updates (default: %(default)s)")

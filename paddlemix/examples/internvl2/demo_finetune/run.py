@@ -11,6 +11,7 @@ import argparse
 import time
 from pathlib import Path
 
+from paddlemix.commands import Parser
 from paddlemix.errors import command_main
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_finetune.signs import QUESTION, write_data
@@ -58,7 +59,7 @@ def accuracy(directory, meta_path, device="cpu", batch=50):
 @command_main
 def main():
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="work_dirs/demo_finetune", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or another Paddle device (default: %(default)s)")
     parser.add_argument("--train", type=int, default=800, help="pictures to learn from (default: %(default)s)")

@@ -14,6 +14,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from paddlemix.commands import Parser
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import DataError, command_main
 
@@ -144,7 +145,7 @@ def format_table(names, tables):
 @command_main
 def main():
     """Parse the command line, ask and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a checkpoint directory")
     parser.add_argument("meta", nargs="+", help="meta files of the parts to ask about")
     parser.add_argument("--limit", type=int, default=None, help="ask only so many questions of each part")

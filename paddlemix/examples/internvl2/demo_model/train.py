@@ -12,6 +12,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from paddlemix.commands import Parser
 from paddlemix.errors import UserError, command_main
 from paddlemix.examples.internvl2 import cli
 from paddlemix.examples.internvl2.demo_model import data, scenes
@@ -156,7 +157,7 @@ def finetune(run, name, part, steps, flags, start):
 @command_main
 def main():
     """Parse the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("work_dirs/demo_model"), help="default: %(default)s")
     parser.add_argument("--scale", type=float, default=1.0, help="times the usual data and steps, for trials (default: 1)")
     parser.add_argument("--device", default="cpu", help="cpu, gpu, npu or another Paddle device (default: %(default)s)")
