@@ -211,6 +211,7 @@ def test_what_is_wrong_at_the_start(tmp_path):
 def test_media_rules(tmp_path):
     from types import SimpleNamespace
 
+    from paddlemix.models.internvl2 import InternVLChatConfig
     from paddlemix.serving.families import InternVL2
     from paddlemix.serving.media import Media, MediaRules
     from paddlemix.serving.protocol import RequestError
@@ -223,13 +224,10 @@ def test_media_rules(tmp_path):
     for folder in (inside, outside):
         Image.new("RGB", (40, 40)).save(folder / "x.png")
     (inside / "link.png").symlink_to(outside / "x.png")
-    config = SimpleNamespace(
-        image_size=28, min_dynamic_patch=1, max_dynamic_patch=4, use_thumbnail=True, pad2square=False, dynamic_image_size=True
-    )
     family = InternVL2(None, None)
-    family.model = SimpleNamespace(config=config)
+    family.model = SimpleNamespace(config=InternVLChatConfig.from_pretrained(ROOT / "paddlemix" / "demo_model"))
     media = Media(family, MediaRules(local=str(inside), domains=("localhost",)))
-    assert media.picture(f"file://{inside}/x.png")[1].shape[1:] == (3, 28, 28)
+    assert media.picture(f"file://{inside}/x.png")[1].shape[1:] == (3, 84, 84)
     assert len(media.picture(f"file://{inside}/x.png", "low")[1]) == 1
     for url in (f"file://{inside}/link.png", f"file://{outside}/x.png", f"file://{inside}/../out/x.png", f"file://{inside}"):
         with pytest.raises(RequestError):
