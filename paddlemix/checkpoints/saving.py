@@ -1,5 +1,6 @@
 """Writing weights: of a model, and of a checkpoint in another layout or dtype."""
 
+import contextlib
 import os
 import tempfile
 
@@ -129,11 +130,7 @@ def convert_checkpoint(checkpoint, directory, layout, max_shard_size="5GB", dtyp
     """
     if "hf" in (layout, checkpoint.layout) and layout != checkpoint.layout:
         # Other tensors, not the same ones turned: put together parameter by parameter.
-        with _OneOpenFile() as files:
-            parts = {}
-            for source in checkpoint.sources:
-                parts.setdefault(source.weight.name, []).append(source)
-            lazy = {name: _Assembled(files, sources) for name, sources in parts.items()}
+        with reading(checkpoint) as lazy:
             save_checkpoint(lazy, checkpoint.config, directory, layout, max_shard_size, dtype, progress)
         return
     with _OneOpenFile() as files:
@@ -179,13 +176,30 @@ def convert_quantised(checkpoint, directory, bits, quantise, max_shard_size="5GB
         write_safetensors(directory, tensors, _METADATA["torch"], max_shard_size, progress)
 
 
+@contextlib.contextmanager
+def reading(checkpoint, names=None, dtype=None):
+    """Within the block: ``{parameter: value}`` of a checkpoint for :func:`save_checkpoint`, read when it is asked for.
+
+    Args:
+        checkpoint: a :class:`Checkpoint`.
+        names: of the parameters; None for all.
+        dtype: what they become; None for what they are, float32 where parts of one differ.
+    """
+    parts = {}
+    for source in checkpoint.sources:
+        if names is None or source.weight.name in names:
+            parts.setdefault(source.weight.name, []).append(source)
+    with _OneOpenFile() as files:
+        yield {name: _Assembled(files, sources, dtype) for name, sources in parts.items()}
+
+
 class _Assembled:
     """A parameter that is put together from a checkpoint when it is asked for; in float32 where its parts differ in dtype."""
 
-    def __init__(self, files, sources):
+    def __init__(self, files, sources, dtype=None):
         self.files, self.sources, self.shape = files, sources, sources[0].weight.shape
         dtypes = {source.location.dtype for source in sources}
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+        self.dtype = dtype or (dtypes.pop() if len(dtypes) == 1 else "float32")
 
     def detach(self):
         return self

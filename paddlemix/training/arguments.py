@@ -54,6 +54,8 @@ class ModelArguments:
     use_backbone_lora: int = _arg(0, "rank of LoRA adapters in the vision tower; 0 for none")
     use_llm_lora: int = _arg(0, "rank of LoRA adapters in the language model; 0 for none")
     lora_dropout: float = _arg(0.05, "share of the inputs of LoRA adapters that training leaves out")
+    load_4bit: bool = _arg(False, "with --use_llm_lora: weights under the language model's adapters in 4 bits (QLoRA)")
+    load_8bit: bool = _arg(False, "the same in 8 bits")
     unfreeze_lm_head: bool = _arg(False, "train the output head even if the language model is frozen")
     grad_checkpoint: bool = _arg(False, "same as --recompute")
     drop_path_rate: float = _arg(0.0, "stochastic depth of the last vision block that is trained")
@@ -69,6 +71,25 @@ class ModelArguments:
             raise ConfigError(f"--lora_dropout is {self.lora_dropout}: it must be from 0 to below 1")
         if self.model_name_or_path is not None and (self.vision_path or self.llm_path):
             raise ConfigError("--model_name_or_path is a whole model: leave out --vision_path and --llm_path, or it")
+        self._check_bits()
+
+    def _check_bits(self):
+        if self.weight_dtype is None:
+            return
+        if self.load_4bit and self.load_8bit:
+            raise ConfigError("--load_4bit and --load_8bit exclude each other: choose one")
+        if not self.use_llm_lora:
+            raise ConfigError("weights in few bits do not learn: train adapters on them (--use_llm_lora 16), or keep all bits")
+        if self.model_name_or_path is None:
+            raise ConfigError(
+                "--load_4bit and --load_8bit need a whole model: put it together first (a run of --max_steps 1 without them), and "
+                "start from its --output_dir by --model_name_or_path"
+            )
+
+    @property
+    def weight_dtype(self):
+        """``int4`` or ``int8`` for weights under adapters in few bits; None for all bits."""
+        return "int4" if self.load_4bit else "int8" if self.load_8bit else None
 
 
 @dataclass
@@ -274,7 +295,6 @@ _ONLY = {
     "flatten_param_grads": ("false", "0"),
     "do_predict": ("false", "0"),
     "do_export": ("false", "0"),
-    "load_4bit": ("false", "0"),  # weights of few bits are not trained on
 }
 
 

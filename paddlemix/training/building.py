@@ -42,7 +42,9 @@ def build_model(model_args, data_args, dtype, checkpoint=None, keep=None, ranks=
         directory = resolve(checkpoint or model_args.model_name_or_path)
         tokenizer = load_tokenizer(directory)
         chosen = None if keep is None else keep(InternVLChatConfig.from_pretrained(directory))
-        model = InternVLChatModel.from_pretrained(directory, dtype, "eager", chosen, tensor_parallel=ranks or 1)
+        model = InternVLChatModel.from_pretrained(
+            directory, dtype, "eager", chosen, model_args.weight_dtype, tensor_parallel=ranks or 1, learning=True
+        )
         new = tokenizer.add_tokens(NEW_TOKENS)
         if new:
             raise ConfigError(

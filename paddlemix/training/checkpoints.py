@@ -14,6 +14,7 @@ import shutil
 from safetensors.numpy import load_file, save_file
 
 from paddlemix.errors import CheckpointError, ConfigError
+from paddlemix.models.blocks.quantising import originals
 from paddlemix.models.internvl2.checkpoint import save_checkpoint
 
 _STATE = "trainer_state.json"
@@ -33,7 +34,8 @@ def save_model(model, tokenizer, directory, source=None, weights=None):
     """
     dtype = str(model.mlp1["1"].weight.dtype).removeprefix("paddle.")
     model.config.extra["torch_dtype"] = dtype
-    save_checkpoint(weights or model, model.config, directory)
+    with originals(model, dtype) as rounded:
+        save_checkpoint({**(weights or model.state_dict()), **rounded}, model.config, directory)
     model.config.save(directory)
     tokenizer.save_pretrained(directory)
     for pattern in ("generation_config.json", "preprocessor_config.json", "*.py"):

@@ -40,8 +40,8 @@ class LlavaModelArguments(ModelArguments):
     lora_weight_path: str = _arg("", _IGNORED)
     lora_bias: str = _arg("none", "none is supported", ("none",))
     bits: int = _arg(16, "8 or 4: weights of so many bits under the adapters", (16, 8, 4))
-    double_quant: bool = _arg(True, "with --bits: scales in few bits too")
-    quant_type: str = _arg("nf4", "with --bits 4", ("nf4", "fp4"))
+    double_quant: bool = _arg(True, _IGNORED)
+    quant_type: str = _arg("nf4", "without effect: codes of 4 bits are evenly spaced", ("nf4", "fp4", "int4"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,8 +49,6 @@ class LlavaModelArguments(ModelArguments):
             raise ConfigError(
                 "--vision_path and --mlp_path are for other models: use --vision_tower, --pretrain_mm_mlp_adapter"
             )
-        if self.bits != 16:
-            raise ConfigError(f"--bits {self.bits} is not supported for these models yet: leave it out, and use --lora_enable")
         if self.lora_enable and self.lora_r < 1:
             raise ConfigError(f"--lora_r is {self.lora_r}: it must be at least 1")
         frozen = self.freeze_llm or self.freeze_backbone or self.tune_mm_mlp_adapter  # backbone: the original's word for it
@@ -60,7 +58,10 @@ class LlavaModelArguments(ModelArguments):
             self.freeze_mm_mlp_adapter and not self.tune_mm_mlp_adapter,
         )
         self.freeze_backbone = True
-
+        self.load_4bit, self.load_8bit = self.load_4bit or self.bits == 4, self.load_8bit or self.bits == 8
+        if self.weight_dtype and not self.use_llm_lora:
+            raise ConfigError("--bits: weights in few bits do not learn: train adapters on them (--lora_enable), or keep all bits")
+        self._check_bits()
 
 @dataclass
 class LlavaDataArguments(DataTrainingArguments):
@@ -194,7 +195,10 @@ class LlavaRecipe(ChatRecipe):
 
     def build_model(self, model_args, data_args, dtype, checkpoint=None, keep=None):
         """The model and its tokenizer; see :func:`~.building.build_model`. Weights are divided once all are there."""
+        import paddle
+
         from paddlemix.checkpoints.checkpoint import Checkpoint
+        from paddlemix.models.blocks.quantising import prepare_adapted, settle
         from paddlemix.models.internvl_llava import LlavaForCausalLM, load_tokenizer
         from paddlemix.models.internvl_llava import checkpoint as files
         from paddlemix.models.internvl_llava.modeling import grow_vocabulary
@@ -217,10 +221,19 @@ class LlavaRecipe(ChatRecipe):
         parts = ["language_model."] + ["mlp1"] * has_projector + ["vision_model."] * inside
         sources = [Checkpoint(directory, files.part(config, *parts))]
         sources += [] if inside else [Checkpoint(tower.directory, tower.part(config))]
-        model = LlavaForCausalLM(config)
-        model.to(dtype=dtype)
+        if model_args.weight_dtype is None:
+            model = LlavaForCausalLM(config)
+            model.to(dtype=dtype)
+        else:
+            with paddle.LazyGuard():  # all but the projector is read
+                model = LlavaForCausalLM(config)
+            for parameter in model.mlp1.parameters():
+                parameter.initialize()
+            model.mlp1.to(dtype=dtype)
+            prepare_adapted(model, model_args.weight_dtype, dtype)
         for source in sources:
             files.read_part(model, source, dtype)
+        settle(model)
         if len(tokenizer) > config.llm_config.vocab_size:
             grow_vocabulary(model, len(tokenizer))
         path = model_args.pretrain_mm_mlp_adapter

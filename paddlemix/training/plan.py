@@ -20,9 +20,10 @@ from paddlemix import device
 from paddlemix.checkpoints.checkpoint import NOTHING
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import DataError, DeviceError, command_main
-from paddlemix.models.blocks.adapters import with_adapters
+from paddlemix.models.blocks.adapters import adapter_sizes, with_adapters
 from paddlemix.models.blocks.division import Division
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
+from paddlemix.quantised import BITS, BLOCK
 
 from .arguments import parse
 from .published import LATER, PUBLISHED, is_known, published_config
@@ -127,7 +128,20 @@ class Memory:
         return self.weights + self.optimizer + self.gradients + max(self.activations, self.update)
 
 
-def memory(config, counts, train_args, batch, processes, flash, freeze_backbone, image_size, ranks=1):
+def rounded(config, model_args):
+    """``{name: number of values}`` of the weights under adapters that are in few bits."""
+    if model_args.weight_dtype is None:
+        return {}
+    weights = dataclasses.replace(config, use_llm_lora=0).weight_table()
+    return {w.name: math.prod(w.shape) for w in weights if w.name.startswith("language_model.") and adapter_sizes(w)}
+
+
+def _bytes_in_few_bits(weight_dtype):
+    """Bytes of a value: its code, and its part of its group's scale (and zero, of 4 bits), float16."""
+    return BITS[weight_dtype] / 8 + (4 if weight_dtype == "int4" else 2) / BLOCK
+
+
+def memory(config, counts, train_args, batch, processes, flash, freeze_backbone, image_size, ranks=1, few=({}, None)):
     """Memory of a training step on one device.
 
     Args:
@@ -140,6 +154,7 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
         freeze_backbone: whether nothing of the vision tower is trained.
         image_size: side of a tile in pixels.
         ranks: how many divide every layer; ``counts`` and ``processes`` are then of one of them, and of those with its share.
+        few: what :func:`rounded` gave, and in how many bits it is, as ``weight_dtype``.
     """
     config = config if ranks == 1 else _narrowed(config, ranks)
     half = train_args.half is not None
@@ -167,10 +182,15 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
         _vision_activations(config, batch, element, flash, freeze_backbone, train_args.recompute, image_size),
         _language_activations(config, batch, element, flash, train_args.recompute, _adapter_inputs(config, counts)),
     )
+    codes, weight_dtype = few
+    if codes:  # one at a time becomes floating point, first in float32
+        moments = (moments[0], moments[1] + max(codes.values()) * (8 + element))
+        total -= sum(codes.values())
+    packed = sum(codes.values()) * _bytes_in_few_bits(weight_dtype) if codes else 0
     activations = sum(kept) + max(moments)
     # float32 copies of the gradients where they are not sums in float32 already, and these again after scaling
     update = 4 * owned * (2 if weight == 2 and not (stage >= 2 or train_args.amp_master_grad) else 1)
-    return Memory(weight * total, states, gradients, activations, max(update - gone, 0))
+    return Memory(weight * total + packed, states, gradients, activations, max(update - gone, 0))
 
 
 def _narrowed(config, ranks):
@@ -360,7 +380,8 @@ def plan(config, model_args, data_args, train_args, processes, kind):
     flash = device.never_holds_scores(kind, train_args.half)
     shares = train_args.tensor_parallel_degree
     own = counts if shares == 1 else _divided(config, model_args, counts, shares)
-    needed = memory(config, own, train_args, batch, processes // shares, flash, frozen, data_args.force_image_size, shares)
+    few = rounded(config, model_args), model_args.weight_dtype
+    needed = memory(config, own, train_args, batch, processes // shares, flash, frozen, data_args.force_image_size, shares, few)
     return counts, batch, needed
 
 
@@ -445,10 +466,16 @@ def memory_table():
             ("full", cards, usual),
             ("LoRA 16", 8 if size >= 76 else 2, usual),
             ("LoRA 16", 1, 1),
+            ("QLoRA 16, 4 bits", 1, 1),
         ):
             lora = method != "full"
             model_args = ModelArguments(
-                model_name_or_path=name, freeze_backbone=True, freeze_llm=lora, freeze_mlp=lora, use_llm_lora=16 * lora
+                model_name_or_path=name,
+                freeze_backbone=True,
+                freeze_llm=lora,
+                freeze_mlp=lora,
+                use_llm_lora=16 * lora,
+                load_4bit=method.startswith("Q"),
             )
             data_args = DataTrainingArguments(
                 max_seq_length=4096 if "2-" in name else 8192, dynamic_image_size=True, use_thumbnail=True, max_dynamic_patch=6

@@ -344,6 +344,8 @@ class PreferenceRecipe(ChatRecipe):
     def objective(self, model, resumed, processes):
         """See :meth:`ChatRecipe.objective`. The reference is the start of the run, also after a resume."""
         start, other = None, self.preference.reference_model
+        if other and model.quantised_layers:
+            raise ConfigError("--reference_model needs weights in all bits: leave it out for the start of the run, or --load_4bit")
         if other or resumed:
             start = _start(model, other or self.model_args.model_name_or_path, not other)
         store = None
@@ -378,7 +380,9 @@ def _start(model, name, learned_alone):
     if name is None:
         raise ConfigError("the reference of a resumed run is its start, which was put together: name it by --reference_model")
     here = {key for key, parameter in model.named_parameters() if parameter._is_initialized()}  # not all with stage 3
-    start = type(model).from_pretrained(name, dtype=str(model.mlp1["1"].weight.dtype).removeprefix("paddle."), engine="eager")
+    dtype = str(model.mlp1["1"].weight.dtype).removeprefix("paddle.")
+    bits = {"weight_dtype": model.weight_dtype, "learning": True} if model.quantised_layers else {}
+    start = type(model).from_pretrained(name, dtype=dtype, engine="eager", **bits)
     same_adapters = all(
         getattr(start.config, key) == getattr(model.config, key) for key in ("use_llm_lora", "use_backbone_lora")
     )

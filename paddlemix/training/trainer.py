@@ -290,6 +290,11 @@ def finetune(model_args, data_args, args, recipe=None, scorer=None):
     device.set_device(args.device)
     if args.tensor_parallel_degree > 1 and not recipe.divides_layers:
         raise ConfigError("--tensor_parallel_degree is for fine-tuning and pretraining of chat models: leave it out here")
+    if model_args.weight_dtype and (args.tensor_parallel_degree > 1 or args.sharding == "stage3"):
+        raise ConfigError(
+            "weights in few bits (--load_4bit, --load_8bit, --bits) are whole in each process: leave out "
+            "--tensor_parallel_degree, and use stage2 instead of stage3"
+        )
     processes = Processes(args.tensor_parallel_degree)
     checkpoints = Checkpoints(args.output_dir, processes, args.save_total_limit)
     checkpoints.start(args.overwrite_output_dir)
@@ -518,12 +523,14 @@ class _Run:
 
 def _summary(model, trainer, total, processes, dtype, half):
     sizes = [(p.size, p.stop_gradient) for p in model.parameters()]
+    sizes += [(layer.in_features * layer.out_features, True) for layer in model.quantised_layers.values()]
     learned = sum(size for size, frozen in sizes if not frozen)
     args = trainer.args
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world
     computed = "" if half is None or dtype == half else f", products in {half}"
+    under = f", under adapters in {model.weight_dtype}" if model.quantised_layers else ""
     note = " (Paddle trains in nothing else on CPU)" if args.half and half is None else ""
     return (
         f"{learned / 1e6:,.1f} of {sum(size for size, _ in sizes) / 1e6:,.1f} million parameters learn; {total} steps of "
-        f"{batch} rows on {processes.world} x {device.current()}; weights in {dtype}{computed}{note}"
+        f"{batch} rows on {processes.world} x {device.current()}; weights in {dtype}{under}{computed}{note}"
     )

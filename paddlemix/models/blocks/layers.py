@@ -34,6 +34,8 @@ class Linear(nn.Linear):
 
     Attributes:
         group: the ranks that have a share of the inputs each, so that their products are summed; None for this one alone.
+
+    ``weight`` is None where :meth:`product` has it in another form.
     """
 
     group = None
@@ -43,7 +45,7 @@ class Linear(nn.Linear):
 
     def forward(self, x, gelu=False, scale=None, residual=None):
         """``x [..., in] -> [..., out]``; ``scale [out]`` and ``residual [..., out]`` are optional."""
-        suits = gemm.suits(math.prod(x.shape) * self.weight.shape[1], x, self.weight)
+        suits = self.weight is not None and gemm.suits(math.prod(x.shape) * self.weight.shape[1], x, self.weight)
         y = self.product(x, gemm.linear if suits else F.linear, self.bias if self.group is None else None)
         if self.group is not None:
             y = self.group.summed(y)

@@ -39,7 +39,12 @@ class LoRALinear(Linear):
     def __init__(self, base, sizes, rank, dropout=DROPOUT):
         nn.Layer.__init__(self)  # not Linear's, which would allocate a weight
         self.weight, self.bias, self.name = base.weight, base.bias, None
-        size_in, dtype = base.weight.shape[0], base.weight.dtype
+        self._under = None
+        if base.weight is None:
+            self.lie_on(base)
+            size_in, dtype = base.in_features, base.dtype
+        else:
+            size_in, dtype = base.weight.shape[0], base.weight.dtype
         bound = (size_in if getattr(base, "inputs", None) is None else base.inputs[2]) ** -0.5
         uniform, zeros = nn.initializer.Uniform(-bound, bound), nn.initializer.Constant(0.0)
         new = self.create_parameter
@@ -57,11 +62,18 @@ class LoRALinear(Linear):
         self.lora_B = nn.ParameterList([new([rank, size], dtype=dtype, default_initializer=zeros) for size in sizes])
         self.dropout, self.scale = nn.Dropout(dropout), SCALE
 
+    def lie_on(self, base):
+        """Take the weight of ``base``, a layer that has it in few bits (:class:`~.quantising.QuantisedLinear`)."""
+        self._parameters.pop("weight", None)
+        self.weight = None
+        object.__setattr__(self, "_under", base)  # not as a sublayer: its bias is the one here
+
     def product(self, x, linear, bias):
         """As :meth:`Linear.product`, with what the adapters add."""
         added = [F.linear(F.linear(self._dropped(x), a), b) for a, b in zip(self.lora_A, self.lora_B)]
         added = added[0] if len(added) == 1 else paddle.concat(added, axis=-1)
-        return linear(x, self.weight, bias) + self.scale * added
+        product = linear(x, self.weight, bias) if self._under is None else self._under.product(x, linear, bias)
+        return product + self.scale * added
 
     def _dropped(self, x):
         """``x`` with a random part left out in training, of the share of the inputs that is here as in the whole."""
@@ -77,7 +89,13 @@ class LoRALinear(Linear):
         return self.scale * paddle.concat(products, axis=-1)
 
     def merged(self):
-        """A plain layer that computes the same."""
+        """A plain layer that computes the same.
+
+        Raises:
+            ConfigError: the weight is in few bits.
+        """
+        if self._under is not None:
+            raise ConfigError("adapters on weights in few bits cannot be merged: merge them in the checkpoint that they are in")
         with paddle.LazyGuard():  # allocates nothing: the parameters are replaced at once
             plain = Linear(*self.weight.shape, bias=self.bias is not None)
         with paddle.no_grad():
@@ -143,14 +161,14 @@ def add_adapters(model, tower="", dropout=DROPOUT):
                 if not lazy_init_helper().state:
                     paddle.uniform([weight.shape[0], rank])
             continue
-        parent, name, layer = _locate(model, weight.name.removesuffix(".weight"))
+        parent, name, layer = locate(model, weight.name.removesuffix(".weight"))
         if isinstance(layer, LoRALinear):
             layer.dropout.p = dropout
         else:
             setattr(parent, name, LoRALinear(layer, sizes, rank, dropout))
 
 
-def _locate(model, path):
+def locate(model, path):
     """The layer at ``path``, as (its parent, its name there, the layer)."""
     *parents, name = path.split(".")
     for step in parents:
@@ -162,7 +180,7 @@ def merge_lora(model):
     """Add all adapters to the weights that they belong to and remove them, in place; the configuration's ranks become 0."""
     paths = [path for path, layer in model.named_sublayers() if isinstance(layer, LoRALinear)]
     for path in paths:
-        parent, name, layer = _locate(model, path)
+        parent, name, layer = locate(model, path)
         setattr(parent, name, layer.merged())
     for key in RANKS.values():
         if hasattr(model.config, key):

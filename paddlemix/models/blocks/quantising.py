@@ -3,31 +3,37 @@
 Matrices of the parts in question get the bits that were asked for; the output head and the token embeddings 8, since few of
 their numbers are read for a token and their errors reach every answer. Activations stay as they are. On CPU the engine
 (:mod:`~.engine`) takes these layers into its kernels; the plain ones turn a weight into floating point for each product.
+
+Weights in few bits do not learn, but adapters on them do (QLoRA, arXiv 2305.14314): then only what adapters lie on is in few
+bits.
 """
 
+import contextlib
 import warnings
 
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.nn import functional as F
+from paddle.autograd import PyLayer
 
 from paddlemix import device, quantised
 from paddlemix.checkpoints import cache
 from paddlemix.checkpoints.checkpoint import load_checkpoint
-from paddlemix.errors import ConfigError
+from paddlemix.checkpoints.saving import reading
+from paddlemix.errors import CheckpointError, ConfigError
 from paddlemix.kernels import cpu
 
+from .adapters import adapter_sizes
 from .language import TiedHead
 from .layers import Linear
-from .lora import LoRALinear, merge_lora
+from .lora import LoRALinear, locate, merge_lora
 
 DEFAULT_PARTS = ("language", "projector")
 _WHERE = {"language": "language_model.", "projector": "mlp1.", "vision": "vision_model.encoder."}
 
 
 class QuantisedLinear(Linear):
-    """A linear layer with its weight in few bits, ``[out, in]``; otherwise as :class:`~.layers.Linear`, but not to be trained.
+    """A linear layer with its weight in few bits, ``[out, in]``; gradients pass through it, but it does not learn.
 
     Args:
         layer: the layer that it stands for; its bias is taken over.
@@ -36,7 +42,7 @@ class QuantisedLinear(Linear):
 
     def __init__(self, layer, bits):
         nn.Layer.__init__(self)  # not Linear's, which would allocate a weight
-        self.bias, self.name, self.bits = layer.bias, None, bits
+        self.weight, self.bias, self.name, self.bits = None, layer.bias, None, bits
         self.in_features, self.out_features = layer.weight.shape
         self.quantised, self._plain = None, None
 
@@ -44,29 +50,73 @@ class QuantisedLinear(Linear):
         """Hold a weight: a :class:`~paddlemix.quantised.Quantised`, or an array ``[out, in]`` to be rounded."""
         self.quantised, self._plain = rounded(weight, self.bits), None
 
-    def forward(self, x, gelu=False, scale=None, residual=None):
-        """As :meth:`~.layers.Linear.forward`."""
-        y = self._product(x)
-        if self.bias is not None:
-            y = y + self.bias.astype(y.dtype)
-        if gelu:
-            y = F.gelu(y)
-        if scale is not None:
-            y = y * scale
-        return y if residual is None else residual + y
+    def product(self, x, linear, bias):
+        """As :meth:`.layers.Linear.product`."""
+        y = _Product.apply(x, self)
+        return y if bias is None else y + bias.astype(y.dtype)
 
-    def _product(self, x):
+    def plain(self):
+        """The weight as :class:`PlainWeight`, which is kept."""
         if self._plain is None:
-            self._plain = _tensors(self.quantised, x.dtype)
-        codes, scales, zeros, order = self._plain
-        out, groups = scales.shape[:2]
-        weight = codes.reshape([out, groups, -1]).astype(x.dtype)
-        weight = ((weight if zeros is None else weight - zeros) * scales).reshape([out, -1])
-        if weight.shape[1] != self.in_features:
-            weight = weight[:, : self.in_features]
-        if order is not None:
-            x = paddle.index_select(x, order, axis=-1)
-        return paddle.matmul(x, weight, transpose_y=True)
+            self._plain = PlainWeight(self.quantised)
+        return self._plain
+
+
+class _Product(PyLayer):
+    """``x @ weight^T``, for whose gradient the weight becomes floating point once more instead of being kept so."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer, ctx.dtype = layer, x.dtype
+        weight = layer.plain()
+        return paddle.matmul(weight.sorted(x), weight.dequantised(x.dtype), transpose_y=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        weight = ctx.layer.plain()
+        return weight.unsorted(paddle.matmul(gradient, weight.dequantised(gradient.dtype))).astype(ctx.dtype)
+
+
+class PlainWeight:
+    """A :class:`~paddlemix.quantised.Quantised` in tensors of the device in use, for operators that every device has.
+
+    Two codes of 4 bits are in a byte: those of the first half of a row's inputs low, those of the second half high.
+    """
+
+    def __init__(self, weight):
+        codes = quantised.unpack(weight.codes, weight.bits)
+        self.inputs, self.bits, self.order = weight.inputs, weight.bits, None
+        if weight.bits == 4:
+            half = codes.shape[1] // 2
+            codes = (codes[:, :half] | codes[:, half:] << 4).astype("uint8")
+        self.codes = paddle.to_tensor(codes if weight.bits == 4 else codes.astype("int8"))
+        self.scales = paddle.to_tensor(weight.scales[..., None])
+        self.factors = paddle.to_tensor(weight.factors[:, None, None])
+        self.shifts = None if weight.zeros is None else paddle.to_tensor(-weight.zeros[..., None])
+        if weight.order is not None:
+            self.order = paddle.to_tensor(weight.order.astype("int64"))
+            self._back = paddle.to_tensor(np.argsort(weight.order).astype("int64"))
+
+    def dequantised(self, dtype):
+        """Values ``[out, in]`` in ``dtype``, inputs in the order of the groups."""
+        codes = self.codes.astype("float32")
+        if self.bits == 4:
+            high = paddle.floor(codes * 0.0625)
+            codes = paddle.concat([codes + high * -16.0, high], axis=1)
+        out, groups = self.scales.shape[:2]
+        values = codes.reshape([out, groups, -1])
+        if self.shifts is not None:
+            values = values + self.shifts.astype("float32")
+        values = (values * (self.scales.astype("float32") * self.factors)).reshape([out, -1])
+        return (values if values.shape[1] == self.inputs else values[:, : self.inputs]).astype(dtype)
+
+    def sorted(self, x):
+        """``x [..., in]`` in the order of the groups."""
+        return x if self.order is None else paddle.index_select(x, self.order, axis=-1)
+
+    def unsorted(self, x):
+        """What :meth:`sorted` took."""
+        return x if self.order is None else paddle.index_select(x, self._back, axis=-1)
 
 
 class QuantisedHead(QuantisedLinear):
@@ -75,7 +125,7 @@ class QuantisedHead(QuantisedLinear):
     def __init__(self, embedding):
         nn.Layer.__init__(self)
         object.__setattr__(self, "embedding", embedding)  # not as a sublayer, as in TiedHead
-        self.bias, self.name, self._plain = None, None, None
+        self.weight, self.bias, self.name, self._plain = None, None, None, None
         self.out_features, self.in_features = embedding.out_features, embedding.in_features
 
     @property
@@ -115,20 +165,6 @@ def rounded(weight, bits):
     if weight.dtype == np.uint16:
         weight = (weight.astype(np.uint32) << 16).view(np.float32)
     return quantised.quantise(weight, bits)
-
-
-def _tensors(weight, dtype):
-    """Codes ``[out, in]`` int8, scales and zeros ``[out, groups, 1]`` in ``dtype``, order: what plain operators take."""
-    name = str(dtype).removeprefix("paddle.")
-    scales = weight.scales.astype("float32") * weight.factors[:, None]
-
-    def tensor(array):
-        return paddle.to_tensor(array.astype("float32")[..., None]).astype(name)
-
-    zeros = None if weight.zeros is None else tensor(weight.zeros)
-    order = None if weight.order is None else paddle.to_tensor(weight.order.astype("int64"))
-    codes = paddle.to_tensor(quantised.unpack(weight.codes, weight.bits).astype("int8"))
-    return codes, tensor(scales), zeros, order
 
 
 def check_choice(weight_dtype, parts):
@@ -184,7 +220,30 @@ def prepare(model, weight_dtype=None, parts=None, packed=()):
         )
 
 
-def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=None):
+def prepare_adapted(model, weight_dtype, dtype, tower="language_model"):
+    """As :func:`prepare`, for adapters to learn: of the weights that they lie on in a tower, or will when it is wrapped.
+
+    Args:
+        model, weight_dtype: as there.
+        dtype: of adapters that are new.
+        tower: a name in the model.
+    """
+    bits, _ = check_choice(weight_dtype, None)
+    model.quantised_layers, model.weight_dtype = {}, weight_dtype
+    for weight in model.config.weight_table():
+        if not (weight.name.startswith(f"{tower}.") and adapter_sizes(weight)):
+            continue
+        owner, name, layer = locate(model, weight.name.removesuffix(".weight"))
+        new = QuantisedLinear(layer, bits)
+        new.dtype = dtype
+        model.quantised_layers[weight.name] = new
+        if isinstance(layer, LoRALinear):
+            layer.lie_on(new)
+        else:
+            owner._sub_layers[name] = new
+
+
+def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=None, learning=False):
     """:func:`~paddlemix.checkpoints.checkpoint.load_checkpoint`, with weights in few bits where user or files want that.
 
     A weight is rounded as soon as it is read, so that no two of them are in memory in floating point; where there are adapters
@@ -193,8 +252,19 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
     Args:
         model, source, dtype, keep: as there.
         weight_dtype, parts: as for :func:`prepare`.
+        learning: whether adapters are to learn: then ``weight_dtype`` is of the language model's weights under them.
     """
     check_choice(weight_dtype, parts)
+    if learning and source.packed:
+        raise CheckpointError(
+            f"{source.directory} is a quantised checkpoint, which can be asked but not trained: take the original one, in bfloat16 "
+            "or float16"
+        )
+    if learning and weight_dtype is not None:
+        prepare_adapted(model, weight_dtype, dtype)
+        _load(model, source, dtype, keep)
+        settle(model)
+        return
     adapted = any(isinstance(layer, LoRALinear) for layer in model.sublayers())
     if adapted and weight_dtype is not None:
         load_checkpoint(model, source, dtype)
@@ -203,6 +273,13 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
         return
     if weight_dtype is not None or source.packed:
         prepare(model, weight_dtype, parts, source.packed)
+    _load(model, source, dtype, keep)
+    if model.quantised_layers:
+        model.packed, model.source = True, source
+
+
+def _load(model, source, dtype, keep):
+    """:func:`load_checkpoint`, with what is to be rounded from the cache if it is there."""
     layers, key = model.quantised_layers, None
     if layers and not source.packed:
         key = cache.key_of(source, {name: layer.bits for name, layer in layers.items()})
@@ -213,8 +290,47 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
     load_checkpoint(model, source, dtype, keep)
     if key is not None:
         cache.store_later(key, {name: layer.quantised for name, layer in layers.items()})
-    if layers:
-        model.packed, model.source = True, source
+
+
+def settle(model):
+    """Let weights under adapters be on the device alone."""
+    for layer in model.quantised_layers.values():
+        layer.plain()
+        layer.quantised = None
+
+
+@contextlib.contextmanager
+def originals(model, dtype):
+    """Within the block: ``{parameter: value}`` of the weights under adapters that are in few bits, for saving in ``dtype``.
+
+    They come from the files that the model was loaded from, so that what is saved is what a run with all bits saves. Where
+    those have changed meanwhile, they are what the model computes with.
+    """
+    layers, source = model.quantised_layers, model.source
+    if not layers:
+        yield {}
+    elif source is not None and not source.changed_files():
+        with reading(source, layers, dtype) as values:
+            yield values
+    else:
+        warnings.warn(
+            "the weights that the run started from have changed or are gone: those in few bits are saved as they were rounded",
+            stacklevel=3,
+        )
+        yield {name: _Rounded(layer, dtype) for name, layer in layers.items()}
+
+
+class _Rounded:
+    """The weight of a layer, as a parameter that is made when it is asked for."""
+
+    def __init__(self, layer, dtype):
+        self.layer, self.dtype, self.shape = layer, dtype, (layer.in_features, layer.out_features)
+
+    def detach(self):
+        return self
+
+    def numpy(self):
+        return self.layer.plain().dequantised(self.dtype).T.contiguous().numpy()
 
 
 def quantise_model(model, weight_dtype, parts=None):

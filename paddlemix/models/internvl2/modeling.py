@@ -54,6 +54,7 @@ class InternVLChatModel(ChatModel):
         weight_dtype=None,
         quantize_parts=None,
         tensor_parallel=1,
+        learning=False,
     ):
         """Load a published checkpoint, or one that was saved here.
 
@@ -67,6 +68,8 @@ class InternVLChatModel(ChatModel):
             tensor_parallel: over how many devices each layer is divided, this process being the first of as many that it
                 starts; ``auto`` for as many as the weights need. Started by a launcher, all its processes call this and what
                 follows. :meth:`close` ends the others. Also a :class:`~paddlemix.parallel.groups.Group` of such processes.
+            learning: whether the model is to learn: with ``weight_dtype`` adapters alone, and only the language model's weights
+                under these are in few bits.
 
         Raises:
             ConfigError, CheckpointError: the directory does not hold a complete checkpoint of a supported model.
@@ -87,7 +90,7 @@ class InternVLChatModel(ChatModel):
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
             model = cls(config)
         engine, dtype = choose(engine, dtype, count_parameters(model))
-        load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts)
+        load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts, learning)
         model.eval()
         if engine == "inference":
             merge_lora(model)

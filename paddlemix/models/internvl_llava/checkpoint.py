@@ -183,7 +183,8 @@ class _View(NamedTuple):
     """What :func:`load_checkpoint` takes for a model: some of the parameters of one."""
 
     parameters: dict
-    config: object
+    quantised_layers: dict
+    config: object = None
 
     def state_dict(self):
         """The parameters."""
@@ -192,7 +193,7 @@ class _View(NamedTuple):
 
 def read_part(model, checkpoint, dtype, keep=None):
     """Give a model the weights of a :class:`~paddlemix.checkpoints.checkpoint.Checkpoint` of some of them."""
-    load_checkpoint(_View(model.state_dict(), None), checkpoint, dtype, keep)
+    load_checkpoint(_View(model.state_dict(), model.quantised_layers), checkpoint, dtype, keep)
 
 
 def read_file(model, config, path, dtype, prefix=""):
