@@ -135,7 +135,7 @@ def _models(free):
     """Which published models fit into ``free`` bytes of memory, in the dtype that they are answered in here."""
     from paddlemix.kernels import cpu
     from paddlemix.models.blocks.flops import parameter_counts
-    from paddlemix.training.plan import PUBLISHED, published_config
+    from paddlemix.training.published import PUBLISHED, published_config
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

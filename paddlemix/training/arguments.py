@@ -82,8 +82,8 @@ class ModelArguments:
             raise ConfigError("weights in few bits do not learn: train adapters on them (--use_llm_lora 16), or keep all bits")
         if self.model_name_or_path is None:
             raise ConfigError(
-                "--load_4bit and --load_8bit need a whole model: put it together first (a run of --max_steps 1 without them), and "
-                "start from its --output_dir by --model_name_or_path"
+                "--load_4bit and --load_8bit need a whole model: put it together first (a run of --max_steps 1 without them), "
+                "and start from its --output_dir by --model_name_or_path"
             )
 
     @property

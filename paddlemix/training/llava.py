@@ -60,8 +60,9 @@ class LlavaModelArguments(ModelArguments):
         self.freeze_backbone = True
         self.load_4bit, self.load_8bit = self.load_4bit or self.bits == 4, self.load_8bit or self.bits == 8
         if self.weight_dtype and not self.use_llm_lora:
-            raise ConfigError("--bits: weights in few bits do not learn: train adapters on them (--lora_enable), or keep all bits")
+            raise ConfigError("--bits: such weights do not learn: train adapters on them (--lora_enable), or keep all bits")
         self._check_bits()
+
 
 @dataclass
 class LlavaDataArguments(DataTrainingArguments):

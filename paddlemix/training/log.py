@@ -180,3 +180,26 @@ def read_log(path):
 
 def _rounded(value):
     return float(f"{value:.9g}") if isinstance(value, (float, np.floating)) else value
+
+
+def summary(model, args, total, processes, dtype, half):
+    """What a run of ``total`` steps is, in a sentence.
+
+    Args:
+        model: what learns, with its parameters frozen or not.
+        args: :class:`~.arguments.PreTrainingArguments`.
+        total: steps.
+        processes: :class:`~.processes.Processes`.
+        dtype, half: of the weights, and of products on devices that have it.
+    """
+    sizes = [(p.size, p.stop_gradient) for p in model.parameters()]
+    sizes += [(layer.in_features * layer.out_features, True) for layer in model.quantised_layers.values()]
+    learned = sum(size for size, frozen in sizes if not frozen)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world
+    computed = "" if half is None or dtype == half else f", products in {half}"
+    under = f", under adapters in {model.weight_dtype}" if model.quantised_layers else ""
+    note = " (Paddle trains in nothing else on CPU)" if args.half and half is None else ""
+    return (
+        f"{learned / 1e6:,.1f} of {sum(size for size, _ in sizes) / 1e6:,.1f} million parameters learn; {total} steps of "
+        f"{batch} rows on {processes.world} x {device.current()}; weights in {dtype}{under}{computed}{note}"
+    )

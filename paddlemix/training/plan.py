@@ -26,7 +26,7 @@ from paddlemix.models.internvl2.configuration import InternVLChatConfig
 from paddlemix.quantised import BITS, BLOCK
 
 from .arguments import parse
-from .published import LATER, PUBLISHED, is_known, published_config
+from .published import is_known, published_config
 
 GB = 1e9
 
@@ -178,15 +178,16 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
     masters = 4 * owned if weight == 2 else 0
     states = 0 if train_args.offload_optim else 8 * owned + masters
     element = 2 if half else 4
+    codes, weight_dtype = few
+    packed, widest = 0, 0
+    if codes:  # one at a time becomes floating point, first in float32
+        total, widest = total - sum(codes.values()), max(codes.values()) * (8 + element)
+        packed = sum(codes.values()) * _bytes_in_few_bits(weight_dtype)
+    inputs = _adapter_inputs(config, counts)
     kept, moments = zip(
         _vision_activations(config, batch, element, flash, freeze_backbone, train_args.recompute, image_size),
-        _language_activations(config, batch, element, flash, train_args.recompute, _adapter_inputs(config, counts)),
+        _language_activations(config, batch, element, flash, train_args.recompute, inputs, widest),
     )
-    codes, weight_dtype = few
-    if codes:  # one at a time becomes floating point, first in float32
-        moments = (moments[0], moments[1] + max(codes.values()) * (8 + element))
-        total -= sum(codes.values())
-    packed = sum(codes.values()) * _bytes_in_few_bits(weight_dtype) if codes else 0
     activations = sum(kept) + max(moments)
     # float32 copies of the gradients where they are not sums in float32 already, and these again after scaling
     update = 4 * owned * (2 if weight == 2 and not (stage >= 2 or train_args.amp_master_grad) else 1)
@@ -280,8 +281,11 @@ def _adapter_inputs(config, counts):
     return sum((wide if ".down_proj." in name else llm.hidden_size) * (at_work if ".experts." in name else 1) for name in names)
 
 
-def _language_activations(config, batch, element, flash, recompute, adapter_inputs):
-    """Bytes that are kept until the backward pass, and the most that is in use for a moment beside them."""
+def _language_activations(config, batch, element, flash, recompute, adapter_inputs, widest):
+    """Bytes that are kept until the backward pass, and the most that is in use for a moment beside them.
+
+    ``widest``: bytes that a weight in few bits takes while it is in floating point.
+    """
     llm = config.llm_config
     width, kv, hidden = llm.hidden_size, llm.num_key_value_heads * llm.head_dim, llm.intermediate_size
     heads = llm.num_attention_heads * llm.head_dim
@@ -303,8 +307,8 @@ def _language_activations(config, batch, element, flash, recompute, adapter_inpu
     if recompute:
         # The backward pass of a block starts with all that it keeps; at its attention the MLP's share is gone again.
         attention = norms / 2 + rope + qkv + 3 * scores
-        return tokens * (llm.num_hidden_layers * element * width + ends), max(tokens * max(block, attention), chunk)
-    return tokens * (llm.num_hidden_layers * block + ends), max(tokens * 2 * scores, chunk)
+        return tokens * (llm.num_hidden_layers * element * width + ends), max(tokens * max(block, attention) + widest, chunk)
+    return tokens * (llm.num_hidden_layers * block + ends), max(tokens * 2 * scores, widest, chunk)
 
 
 def _vision_activations(config, batch, element, flash, frozen, recompute, image_size):
@@ -449,53 +453,6 @@ def describe(config, model_args, data_args, train_args, processes, kind, device_
     return "\n".join(lines)
 
 
-def memory_table():
-    """Markdown table of memory for the published models with the settings of the shell scripts."""
-    from .arguments import DataTrainingArguments, ModelArguments, PreTrainingArguments
-
-    rows = [
-        "| model | method | cards | samples a card | weights | optimizer | gradients | activations | peak of a card |",
-        "| --- | --- | --: | --: | --: | --: | --: | --: | --: |",
-    ]
-    for name in (*PUBLISHED, *LATER):
-        size = int(re.search(r"(\d+)B", name)[1])  # in billions, of all experts
-        config = published_config(name)
-        usual = 1 if size >= 76 else 2 if size >= 26 else 4
-        cards = {38: 16, 40: 16, 76: 32, 78: 32, 241: 64}.get(size, 8)
-        for method, processes, per_device in (
-            ("full", cards, usual),
-            ("LoRA 16", 8 if size >= 76 else 2, usual),
-            ("LoRA 16", 1, 1),
-            ("QLoRA 16, 4 bits", 1, 1),
-        ):
-            lora = method != "full"
-            model_args = ModelArguments(
-                model_name_or_path=name,
-                freeze_backbone=True,
-                freeze_llm=lora,
-                freeze_mlp=lora,
-                use_llm_lora=16 * lora,
-                load_4bit=method.startswith("Q"),
-            )
-            data_args = DataTrainingArguments(
-                max_seq_length=4096 if "2-" in name else 8192, dynamic_image_size=True, use_thumbnail=True, max_dynamic_patch=6
-            )
-            train_args = PreTrainingArguments(
-                output_dir=".",
-                per_device_train_batch_size=per_device,
-                bf16=True,
-                fp16_opt_level="O2",
-                amp_master_grad=True,
-                recompute=True,
-                sharding="stage3" if size >= (38 if lora else 26) else "stage2" if size >= (26 if lora else 8) else "stage1",
-            )
-            _, _, needed = plan(config, model_args, data_args, train_args, processes, device.PUBLISHED)
-            values = (needed.weights, needed.optimizer, needed.gradients, needed.activations, needed.peak + OVERHEAD)
-            cells = " | ".join(f"{value / GB:.1f}" for value in values)
-            rows.append(f"| {name} | {method} | {processes} | {per_device} | {cells} |")
-    return "\n".join(rows)
-
-
 def read_config(model_args):
     """The configuration of the model that is started from: its ``config.json``, or the sizes that are known for its name.
 
@@ -523,6 +480,8 @@ def main(argv=None, extra=()):
     """The command line; ``extra`` are dataclasses of flags that say nothing about memory."""
     argv = sys.argv[1:] if argv is None else argv
     if argv == ["--table"]:
+        from .plan_table import memory_table
+
         print(memory_table())
         return
     *arguments, own = parse(argv, prog="python -m paddlemix.training.plan", extra=(*extra, PlanArguments))

@@ -345,7 +345,7 @@ class PreferenceRecipe(ChatRecipe):
         """See :meth:`ChatRecipe.objective`. The reference is the start of the run, also after a resume."""
         start, other = None, self.preference.reference_model
         if other and model.quantised_layers:
-            raise ConfigError("--reference_model needs weights in all bits: leave it out for the start of the run, or --load_4bit")
+            raise ConfigError("--reference_model needs weights in all bits: leave it out (the start is it), or --load_4bit")
         if other or resumed:
             start = _start(model, other or self.model_args.model_name_or_path, not other)
         store = None

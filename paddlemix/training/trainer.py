@@ -24,7 +24,7 @@ from paddlemix.parallel.groups import now_doing
 from .building import train_mode
 from .checkpoints import Checkpoints, read_optimizer, read_state, save_model
 from .divided import DividedParameters
-from .log import TrainLog, peak_flops, training_flops
+from .log import TrainLog, peak_flops, summary, training_flops
 from .objective import CausalObjective
 from .optimizer import Optimizer
 from .plan import deal, parameters
@@ -325,7 +325,7 @@ def finetune(model_args, data_args, args, recipe=None, scorer=None):
             trainer.objective.load_state(state["objective"])
 
     log = TrainLog(args, total, done, processes.is_first)
-    log.say(_summary(model, trainer, total, processes, dtype, half))
+    log.say(summary(model, args, total, processes, dtype, half))
     if resumed:
         log.say(f"going on from {resumed} after {done} steps")
     try:
@@ -519,18 +519,3 @@ class _Run:
         state = {**self.data.state(), "objective": self.trainer.objective.state()}
         self.checkpoints.save(done, write, arrays, state)
         self._reset()
-
-
-def _summary(model, trainer, total, processes, dtype, half):
-    sizes = [(p.size, p.stop_gradient) for p in model.parameters()]
-    sizes += [(layer.in_features * layer.out_features, True) for layer in model.quantised_layers.values()]
-    learned = sum(size for size, frozen in sizes if not frozen)
-    args = trainer.args
-    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes.world
-    computed = "" if half is None or dtype == half else f", products in {half}"
-    under = f", under adapters in {model.weight_dtype}" if model.quantised_layers else ""
-    note = " (Paddle trains in nothing else on CPU)" if args.half and half is None else ""
-    return (
-        f"{learned / 1e6:,.1f} of {sum(size for size, _ in sizes) / 1e6:,.1f} million parameters learn; {total} steps of "
-        f"{batch} rows on {processes.world} x {device.current()}; weights in {dtype}{under}{computed}{note}"
-    )

@@ -128,7 +128,7 @@ def test_the_existing_ports_script_runs_unchanged():
             "--expert_parallel_degree is 4: experts are dealt",
         ),
         (["--lora_dropout", "1"], "--lora_dropout is 1.0: it must be from 0 to below 1"),
-        (["--load_4bit"], "--load_4bit true is not supported: leave it out"),
+        (["--load_4bit"], "do not learn: train adapters on them"),
         (["--fp16", "True"], "exclude each other"),
         (["--learning_rates", "1"], "unrecognized arguments: --learning_rates"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),

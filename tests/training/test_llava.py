@@ -155,8 +155,6 @@ def test_settings_that_make_no_sense(tmp_path):
         zero_stage("settings.json")
     with pytest.raises(ConfigError, match="--data_path is missing"):
         parse_llava(["--model_name_or_path", "x", "--output_dir", "y"])
-    with pytest.raises(ConfigError, match="--bits 4"):
-        parse_llava(flags(tmp_path, "--bits", "4"))
     with pytest.raises(ConfigError, match="gone.bin does not exist"):
         run(tmp_path, "--pretrain_mm_mlp_adapter", str(tmp_path / "gone.bin"))
     with pytest.raises(ConfigError, match="--vision_tower is missing"):

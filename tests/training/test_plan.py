@@ -13,12 +13,14 @@ from paddle.base import core
 
 from paddlemix.models.blocks.language import LanguageModel
 from paddlemix.models.blocks.lora import wrap_backbone_lora, wrap_llm_lora
+from paddlemix.models.blocks.quantising import prepare_adapted, settle
 from paddlemix.models.blocks.vision import InternVisionModel
 from paddlemix.models.internvl2 import InternVLChatModel
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
 from paddlemix.models.internvl2.modeling import count_parameters
-from paddlemix.training import plan
+from paddlemix.training import plan, plan_table, published
 from paddlemix.training.arguments import DataTrainingArguments, ModelArguments, PreTrainingArguments
+from paddlemix.training.building import train_mode
 from paddlemix.training.optimizer import Optimizer
 from paddlemix.training.plan import Batch
 from tests.conftest import FAMILIES, load_reference
@@ -81,7 +83,7 @@ def test_freezing():
 
 @pytest.mark.parametrize("name", CARDS)
 def test_published_sizes(name):
-    counts = plan.parameters(plan.published_config(name), ModelArguments("x"))
+    counts = plan.parameters(published.published_config(name), ModelArguments("x"))
     assert sum(size for size, _ in counts.values()) / 1e9 == pytest.approx(CARDS[name], rel=0.02)
 
 
@@ -191,22 +193,31 @@ def test_activations_of_the_vision_tower_are_what_paddle_allocates(recompute, fl
     assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.1)
 
 
-def peak_of_a_step(recompute, rank, tokens):
+def peak_of_a_step(recompute, rank, tokens, load_4bit=False):
     """Peak bytes of two batches and an update of a small model, as Paddle counts them, and as planned."""
     v = dict(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024, image_size=224)
     v.update(qkv_bias=True, qk_normalization=False, norm_type="layer_norm")
     llm = dict(architectures=["Qwen2ForCausalLM"], vocab_size=8000, hidden_size=256, intermediate_size=768)
     llm.update(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
     config = InternVLChatConfig.from_dict({"vision_config": v, "llm_config": llm, "ps_version": "v2"})
-    model_args = ModelArguments("x", freeze_backbone=True, freeze_llm=rank > 0, freeze_mlp=rank > 0, use_llm_lora=rank)
+    model_args = ModelArguments(
+        "x", freeze_backbone=True, freeze_llm=rank > 0, freeze_mlp=rank > 0, use_llm_lora=rank, load_4bit=load_4bit
+    )
     args = arguments(recompute=recompute)
-    model = InternVLChatModel(config)
+    with paddle.LazyGuard():
+        model = InternVLChatModel(config)
+    if load_4bit:
+        prepare_adapted(model, "int4", "float32")
+        for layer in model.quantised_layers.values():
+            layer.take(np.random.default_rng(0).normal(size=(layer.out_features, layer.in_features)).astype("float32"))
+        settle(model)
+    for parameter in model.parameters():
+        parameter.initialize()
     if rank:
         wrap_llm_lora(model, rank)
     for name, parameter in model.named_parameters():
         parameter.stop_gradient = not plan.learns(name, model_args, 2)
-    model.train()
-    model.vision_model.eval()
+    train_mode(model)
     model.language_model.model.enable_recompute = recompute
     optimizer = Optimizer({name: p for name, p in model.named_parameters() if not p.stop_gradient}, args)
     model.img_context_token_id, tiles = 7, 2
@@ -220,12 +231,21 @@ def peak_of_a_step(recompute, rank, tokens):
             optimizer.accumulate()
         optimizer.step(1e-4)
     counts = plan.parameters(config, model_args)
-    needed = plan.memory(config, counts, args, Batch(2, tokens, tiles), 1, False, True, 224)
+    few = plan.rounded(config, model_args), model_args.weight_dtype
+    needed = plan.memory(config, counts, args, Batch(2, tokens, tiles), 1, False, True, 224, few=few)
     return core.host_memory_stat_peak_value("Allocated", 0), needed.peak
 
 
+CASES = {
+    "full": (False, 0, 384),
+    "lora": (True, 8, 384),
+    "qlora": (True, 8, 384, True),
+    "recompute": (True, 0, 640),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [(False, 0, 384), (True, 8, 384), (True, 0, 640)], ids=["full", "lora", "recompute"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_peak_of_a_whole_step(case):
     # In a process of its own: the counter cannot be set back.
     code = f"from tests.training.test_plan import peak_of_a_step; print(*peak_of_a_step{case})"
@@ -304,15 +324,15 @@ def test_total_of_a_model_equals_the_count_of_its_layers():
 
 
 def test_table_has_every_model():
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in plan.memory_table().splitlines()[2:]]
-    assert [row[0] for row in rows] == [name for name in (*plan.PUBLISHED, *plan.LATER) for _ in range(3)]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in plan_table.memory_table().splitlines()[2:]]
+    assert [row[0] for row in rows] == [name for name in (*published.PUBLISHED, *published.LATER) for _ in range(4)]
     peaks = {(row[0], row[1], row[2]): float(row[-1]) for row in rows}
     # What does not depend on the machine: fewer trained weights never need more memory, where no weights are divided.
-    for name in plan.PUBLISHED:
+    for name in published.PUBLISHED:
         full = max(p for key, p in peaks.items() if key[:2] == (name, "full"))
         assert peaks[name, "LoRA 16", "1"] < full or int(re.search(r"(\d+)B", name)[1]) >= 26
     # The scripts' numbers of cards hold what they train.
-    assert all(p < 80 for (name, _, cards), p in peaks.items() if name in plan.PUBLISHED and cards != "1")
+    assert all(p < 80 for (name, _, cards), p in peaks.items() if name in published.PUBLISHED and cards != "1")
 
 
 def test_packed_rows_hold_no_scores_on_gpu_but_gpt_oss_does():
@@ -320,8 +340,8 @@ def test_packed_rows_hold_no_scores_on_gpu_but_gpt_oss_does():
     packed = DataTrainingArguments(use_packed_ds=True, max_packed_tokens=32768, num_images_expected=96)
     train = arguments(per_device_train_batch_size=1, bf16=True, fp16_opt_level="O2", recompute=True, sharding="stage3")
     model_args = ModelArguments("x")
-    gpt_oss = plan.published_config("InternVL3_5-GPT-OSS-20B-A4B-Preview")
-    qwen3 = plan.published_config("InternVL3_5-8B")
+    gpt_oss = published.published_config("InternVL3_5-GPT-OSS-20B-A4B-Preview")
+    qwen3 = published.published_config("InternVL3_5-8B")
     for config, kind, holds in ((qwen3, "gpu", False), (qwen3, "npu", True), (gpt_oss, "gpu", True)):
         scores = 2 * config.llm_config.num_attention_heads * 32768**2  # of one layer, in half precision at least
         assert (plan.plan(config, model_args, packed, train, 64, kind)[2].activations > scores) == holds

@@ -1,9 +1,15 @@
-"""A step of MPO computes with nothing that Ascend lacks: as tests/test_operators.py, which tells how this is found out."""
+"""A step of MPO, and one on weights in few bits, computes with nothing that Ascend lacks.
 
+As tests/test_operators.py, which tells how this is found out.
+"""
+
+import numpy as np
 import paddle
 import pytest
 
 from paddlemix.datasets.preference import PairCollator
+from paddlemix.models.blocks.layers import Linear
+from paddlemix.models.blocks.quantising import QuantisedLinear
 from paddlemix.training.arguments import PreTrainingArguments
 from paddlemix.training.optimizer import Optimizer
 from paddlemix.training.preference import LOSS_TYPES, PreferenceLoss, PreferenceObjective, Reference
@@ -31,6 +37,24 @@ def test_a_step_of_all_losses():
     found = executed(run, policy()[0])
     assert not (bad := forbidden(found)), report(bad)
     assert {("matmul", "bfloat16"), ("adamw", "float32"), ("log_softmax", "float32")} <= found
+
+
+def test_products_with_weights_in_few_bits():
+    """Forward and backward of :class:`QuantisedLinear`, whose gradient is a product as its result is."""
+    layer = QuantisedLinear(Linear(96, 32), 4)
+    layer.take(np.random.default_rng(0).normal(size=(32, 96)).astype("float32"))
+
+    def run(model):
+        x = paddle.ones([2, 96], model.weight.dtype)
+        x.stop_gradient = False
+        gradient = paddle.ones([2, 32], x.dtype)
+        layer(x).astype(x.dtype).backward(gradient)
+        assert x.grad.dtype == x.dtype
+
+    layer.bias = None
+    found = executed(run, Linear(96, 32))
+    assert not (bad := forbidden(found)), report(bad)
+    assert {("matmul", "bfloat16"), ("multiply", "float32"), ("cast", "integer")} <= found
 
 
 def test_gradients_of_all_losses():

@@ -101,7 +101,7 @@ class PlainWeight:
         """Values ``[out, in]`` in ``dtype``, inputs in the order of the groups."""
         codes = self.codes.astype("float32")
         if self.bits == 4:
-            high = paddle.floor(codes * 0.0625)
+            high = (codes * 0.0625).astype("int32").astype("float32")  # floor is no operator of Ascend's
             codes = paddle.concat([codes + high * -16.0, high], axis=1)
         out, groups = self.scales.shape[:2]
         values = codes.reshape([out, groups, -1])
@@ -257,8 +257,8 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
     check_choice(weight_dtype, parts)
     if learning and source.packed:
         raise CheckpointError(
-            f"{source.directory} is a quantised checkpoint, which can be asked but not trained: take the original one, in bfloat16 "
-            "or float16"
+            f"{source.directory} is a quantised checkpoint, which can be asked but not trained: take the original one, in "
+            "bfloat16 or float16"
         )
     if learning and weight_dtype is not None:
         prepare_adapted(model, weight_dtype, dtype)

@@ -9,7 +9,7 @@ import pytest
 from paddlemix.errors import ConfigError
 from paddlemix.models.blocks.flops import parameter_counts
 from paddlemix.models.internvl2 import InternVLChatConfig, published_shapes
-from paddlemix.training.plan import LATER, published_config
+from paddlemix.training.published import LATER, published_config
 from tests.conftest import REFERENCE
 
 MODELS = json.loads((REFERENCE / "internvl3" / "models.json").read_text())
