@@ -122,73 +122,90 @@ inline __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
 #endif
 }
 
-inline float sum_of(__m256 v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+// Sums of four vectors.
+inline __m128 sums_of(const __m256* v) {
+  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
-// Sums of one output over all groups for R rows; scales: of this output's groups.
-template <int kBits, int R>
-void dot(const Quantised& w, const uint8_t* codes, const float* scales, const Rounded& x, int64_t first, float* out) {
-  const int64_t groups = w.groups(), halves = w.group / 32;
-  const int16_t* a[R];
-  const float* s[R];
-  __m256 total[R];
-  __m256i sum[R];
-  for (int r = 0; r < R; ++r) {
-    a[r] = x.values + (first + r) * w.padded, s[r] = x.scale + (first + r) * groups;
-    total[r] = _mm256_setzero_ps(), sum[r] = _mm256_setzero_si256();
-  }
-  int64_t group = 0, left = halves;
-  auto flush = [&] {  // at the end of a group
-    if (--left) return;
-    for (int r = 0; r < R; ++r) {
-      total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r]), _mm256_set1_ps(scales[group] * s[r][group]), total[r]);
-      sum[r] = _mm256_setzero_si256();
-    }
-    left = halves, ++group;
-  };
-  auto pair = [&](__m256i low, __m256i high, int64_t at) {  // 32 inputs from `at` on
-    for (int r = 0; r < R; ++r) {
-      const __m256i* from = reinterpret_cast<const __m256i*>(a[r] + at);
-      sum[r] = multiply_add(sum[r], low, _mm256_loadu_si256(from));
-      sum[r] = multiply_add(sum[r], high, _mm256_loadu_si256(from + 1));
-    }
-    flush();
-  };
-  const __m256i nibble = _mm256_set1_epi16(15);
+// Codes of a block as 16-bit numbers, in the order of the inputs.
+template <int kBits>
+inline void block_of(const uint8_t* codes, __m256i* out) {
   const __m256i* from = reinterpret_cast<const __m256i*>(codes);
   if (kBits == 4) {
-    for (int64_t at = 0; at < w.padded; at += 64) {
-      __m256i v = _mm256_loadu_si256(from++);
-      pair(_mm256_and_si256(v, nibble), _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble), at);
-      pair(_mm256_and_si256(_mm256_srli_epi16(v, 8), nibble), _mm256_srli_epi16(v, 12), at + 32);
-    }
+    const __m256i nibble = _mm256_set1_epi16(15), v = _mm256_loadu_si256(from);
+    out[0] = _mm256_and_si256(v, nibble), out[1] = _mm256_and_si256(_mm256_srli_epi16(v, 4), nibble);
+    out[2] = _mm256_and_si256(_mm256_srli_epi16(v, 8), nibble), out[3] = _mm256_srli_epi16(v, 12);
   } else {
-    for (int64_t at = 0; at < w.padded; at += 32) {
-      __m256i v = _mm256_loadu_si256(from++);
-      pair(_mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), _mm256_srai_epi16(v, 8), at);
+    for (int i = 0; i < 2; ++i) {
+      const __m256i v = _mm256_loadu_si256(from + i);
+      out[2 * i] = _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8), out[2 * i + 1] = _mm256_srai_epi16(v, 8);
     }
   }
-  for (int r = 0; r < R; ++r) out[r] = sum_of(total[r]);
+}
+
+// Products of O outputs, whose codes are `row_bytes` apart, with R rows of activations, `padded` apart, where O * R is 4: out[o * R + r].
+// `scales [O * R, groups]` are those of codes and activations together.
+template <int kBits, int kGroup, int O, int R>
+void dot(const uint8_t* codes, int64_t row_bytes, const int16_t* x, int64_t padded, const float* scales, float* out) {
+  constexpr int kBlocks = kGroup > kBlock ? kGroup / kBlock : 1, kVectors = kGroup / 16 / kBlocks;  // vectors of a block and group
+  const int64_t groups = padded / kGroup;
+  __m256 total[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+  for (int64_t at = 0, g = 0; at < padded; at += kBlocks * kBlock) {
+#pragma GCC unroll 4
+    for (int o = 0; o < O; ++o) {
+      __m256i sum[R];
+#pragma GCC unroll 2
+      for (int b = 0; b < kBlocks; ++b) {
+        __m256i c[4];
+        block_of<kBits>(codes + o * row_bytes + (at + b * kBlock) * kBits / 8, c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const __m256i* a = reinterpret_cast<const __m256i*>(x + r * padded + at + b * kBlock);
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const __m256i part = _mm256_loadu_si256(a + i);
+            const bool fresh = i % kVectors == 0 && b == 0;
+            sum[r] = fresh ? _mm256_madd_epi16(c[i], part) : multiply_add(sum[r], c[i], part);
+            if (i % kVectors != kVectors - 1 || b != kBlocks - 1) continue;
+            const __m256 scale = _mm256_broadcast_ss(scales + (o * R + r) * groups + g + i / kVectors);
+            total[o * R + r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r]), scale, total[o * R + r]);
+          }
+        }
+      }
+    }
+    g += 4 / kVectors;
+  }
+  _mm_storeu_ps(out, sums_of(total));
+}
+
+inline void to_floats(const half* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  for (; i < count; ++i) to[i] = to_float(from[i]);
 }
 #else
-template <int kBits, int R>
-void dot(const Quantised& w, const uint8_t* codes, const float* scales, const Rounded& x, int64_t first, float* out) {
+template <int kBits, int kGroup, int O, int R>
+void dot(const uint8_t* codes, int64_t row_bytes, const int16_t* x, int64_t padded, const float* scales, float* out) {
+  const int64_t groups = padded / kGroup;
   int16_t values[kBlock];
-  std::fill(out, out + R, 0.f);
-  for (int64_t at = 0; at < w.padded; at += kBlock, codes += kBlock * kBits / 8) {
-    unpack_block(codes, kBits, values);
-    for (int r = 0; r < R; ++r)
-      for (int64_t part = 0; part < kBlock; part += 32) {
-        const int16_t* a = x.values + (first + r) * w.padded + at + part;
-        int32_t sum = 0;
-        for (int i = 0; i < 32; ++i) sum += int32_t(values[part + i]) * a[i];
-        int64_t g = (at + part) / w.group;
-        out[r] += sum * (scales[g] * x.scale[(first + r) * w.groups() + g]);
-      }
-  }
+  std::fill(out, out + 4, 0.f);
+  for (int o = 0; o < O; ++o)
+    for (int64_t at = 0; at < padded; at += kBlock) {
+      unpack_block(codes + o * row_bytes + at * kBits / 8, kBits, values);
+      for (int r = 0; r < R; ++r)
+        for (int64_t part = 0; part < kBlock; part += 32) {
+          const int16_t* a = x + r * padded + at + part;
+          int32_t sum = 0;
+          for (int i = 0; i < 32; ++i) sum += int32_t(values[part + i]) * a[i];
+          out[o * R + r] += sum * scales[(o * R + r) * groups + (at + part) / kGroup];
+        }
+    }
+}
+
+inline void to_floats(const half* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
 }
 #endif
 
@@ -213,40 +230,64 @@ void activate(float* x, int64_t count, int activation) {
   }
 }
 
-// Outputs first to last of a few rows: out[row * stride + output].
-template <int kBits>
-void few_outputs(const Quantised& w, const Rounded& x, int64_t m, int64_t first, int64_t last, float* out, int64_t stride) {
+// O outputs from n on of R rows from `row` on; `scales` and `offsets [O, groups]` are those outputs'.
+template <int kBits, int kGroup, int O, int R>
+void tile(const Quantised& w, const Rounded& x, int64_t n, int64_t row, const float* scales, const float* offsets, float* out,
+          int64_t stride) {
   thread_local Scratch room;
   const int64_t groups = w.groups();
-  float* scales = room.get<float>(2 * groups);
-  float* offsets = scales + groups;
-  for (int64_t n = first; n < last; ++n) {
-    const half *scale = w.scales + n * groups, *zero = w.zeros ? w.zeros + n * groups : nullptr;
-    for (int64_t g = 0; g < groups; ++g) scales[g] = to_float(scale[g]);
-    if (zero)
-      for (int64_t g = 0; g < groups; ++g) offsets[g] = scales[g] * to_float(zero[g]);
-    const uint8_t* codes = w.codes + n * w.row_bytes();
-    for (int64_t row = 0; row < m;) {
-      float sums[4];
-      int64_t count = m - row >= 4 ? 4 : 1;
-      if (count == 4) dot<kBits, 4>(w, codes, scales, x, row, sums);
-      else dot<kBits, 1>(w, codes, scales, x, row, sums);
-      for (int64_t r = 0; r < count; ++r, ++row) {
-        float offset = 0;
-        if (zero) {
-          const float* sum = x.sum + row * groups;
-#pragma omp simd reduction(+ : offset)
-          for (int64_t g = 0; g < groups; ++g) offset += offsets[g] * sum[g];
-        }
-        out[row * stride + n] = (sums[r] - offset) * w.factors[n] + (w.bias ? w.bias[n] : 0.f);
-      }
+  float *both = room.get<float>(4 * groups), sums[4];
+  for (int o = 0; o < O; ++o)
+    for (int r = 0; r < R; ++r) {
+      const float *left = scales + o * groups, *right = x.scale + (row + r) * groups;
+      float* to = both + (o * R + r) * groups;
+#pragma omp simd
+      for (int64_t g = 0; g < groups; ++g) to[g] = left[g] * right[g];
     }
+  dot<kBits, kGroup, O, R>(w.codes + n * w.row_bytes(), w.row_bytes(), x.values + row * w.padded, w.padded, both, sums);
+  for (int o = 0; o < O; ++o)
+    for (int r = 0; r < R; ++r) {
+      float offset = 0;
+      if (w.zeros) {
+        const float *left = offsets + o * groups, *right = x.sum + (row + r) * groups;
+#pragma omp simd reduction(+ : offset)
+        for (int64_t g = 0; g < groups; ++g) offset += left[g] * right[g];
+      }
+      out[(row + r) * stride + n + o] = (sums[o * R + r] - offset) * w.factors[n + o] + (w.bias ? w.bias[n + o] : 0.f);
+    }
+}
+
+// Outputs first to last of a few rows: out[row * stride + output]. Four sums are made at once: of four rows of activations or,
+// where fewer are left, of four outputs.
+template <int kBits, int kGroup>
+void few_outputs(const Quantised& w, const Rounded& x, int64_t m, int64_t first, int64_t last, float* out, int64_t stride) {
+  thread_local Scratch room;
+  const int64_t groups = w.groups(), count = (last - first) * groups, fours = m / 4 * 4;
+  float *scales = room.get<float>(2 * count), *offsets = scales + count;
+  to_floats(w.scales + first * groups, count, scales);
+  if (w.zeros) {
+    to_floats(w.zeros + first * groups, count, offsets);
+#pragma omp simd
+    for (int64_t i = 0; i < count; ++i) offsets[i] *= scales[i];
   }
+  for (int64_t n = first; n < last && fours; ++n)
+    for (int64_t row = 0; row < fours; row += 4) {
+      const int64_t at = (n - first) * groups;
+      tile<kBits, kGroup, 1, 4>(w, x, n, row, scales + at, offsets + at, out, stride);
+    }
+  for (int64_t row = fours; row < m; ++row)
+    for (int64_t n = first; n < last;) {
+      const int64_t at = (n - first) * groups;
+      if (last - n >= 4) tile<kBits, kGroup, 4, 1>(w, x, n, row, scales + at, offsets + at, out, stride), n += 4;
+      else tile<kBits, kGroup, 1, 1>(w, x, n, row, scales + at, offsets + at, out, stride), ++n;
+    }
 }
 
 void outputs_of(const Quantised& w, const Rounded& x, int64_t m, int64_t first, int64_t last, float* out, int64_t stride) {
-  if (w.bits == 4) few_outputs<4>(w, x, m, first, last, out, stride);
-  else few_outputs<8>(w, x, m, first, last, out, stride);
+  auto run = [&](auto of4, auto of8) { (w.bits == 4 ? of4 : of8)(w, x, m, first, last, out, stride); };
+  if (w.group == 32) run(few_outputs<4, 32>, few_outputs<8, 32>);
+  else if (w.group == 64) run(few_outputs<4, 64>, few_outputs<8, 64>);
+  else run(few_outputs<4, 128>, few_outputs<8, 128>);
 }
 
 template <class F>
