@@ -15,6 +15,11 @@
 #include <string>
 #include <sys/mman.h>
 
+#if defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
+#include <immintrin.h>
+#define PADDLEMIX_VECTORS
+#endif
+
 // The part of oneDNN's C interface (stable within version 3) that is used here; Paddle ships the library without headers.
 extern "C" {
 struct dnnl_exec_arg { int arg; void* memory; };
@@ -88,6 +93,14 @@ inline float exp2_nonpositive(float x) {
   p = p * r + 1.f;
   return from_bits(bits(p) + (bits(shifted) << 23));
 }
+
+#ifdef PADDLEMIX_VECTORS
+// Sums of four vectors.
+inline __m128 sums_of(const __m256* v) {
+  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
+}
+#endif
 
 // Memory that grows and is reused, one set for each thread.
 struct Scratch {
@@ -296,6 +309,15 @@ void for_chunks(int64_t rows, F body) {
     body(begin, count);
     begin += count;
   }
+}
+
+// body(task) for all tasks, each thread taking the next when it is done with one. Not schedule(dynamic): libiomp5 now and then
+// gives all iterations of such a loop, as g++ compiles it, to each thread.
+template <class F>
+void for_tasks(int64_t tasks, bool threaded, F body) {
+  std::atomic<int64_t> next{0};
+#pragma omp parallel if (threaded && tasks > 1)
+  for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task);
 }
 
 // Runs the body with the asked number of threads and gives Paddle its own number back.

@@ -138,8 +138,7 @@ void attend_all(const Attention& a) {
   const int64_t blocks = std::max<int64_t>(1, (rows - kQueryBlock / 4 + kQueryBlock - 1) / kQueryBlock);
   const int64_t tasks = a.batch * a.kv_heads * blocks;
   std::atomic<bool> failed{false};
-#pragma omp parallel for schedule(dynamic) if (tasks > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
+  for_tasks(tasks, true, [&](int64_t task) {
     int64_t block = a.causal ? blocks - 1 - task / (a.batch * a.kv_heads) : task % blocks;  // long rows first
     int64_t head = a.causal ? task % (a.batch * a.kv_heads) : task / blocks;
     int64_t first = block * kQueryBlock, count = block == blocks - 1 ? rows - first : kQueryBlock;
@@ -148,7 +147,7 @@ void attend_all(const Attention& a) {
     } catch (...) {
       failed = true;  // an exception must not leave the parallel region
     }
-  }
+  });
   if (failed) throw std::runtime_error("attention failed");
 }
 

@@ -35,7 +35,7 @@ __all__ = [
     "timed",
 ]  # fmt: skip
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "quantised.cc")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "quantised.cc", "decoder.cc")]
 HEADERS = [Path(__file__).with_name("common.h")]
 FLAGS = "-std=c++17 -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
 # PADDLEMIX_CPU=avx2 leaves out what newer processors have, to see what older ones would do.
@@ -52,6 +52,7 @@ _SIGNATURES = {
     "mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "norm_run": [_pointer, *[_long] * 3, _pointer, _pointer, _float, _pointer],
     "attention_run": [_pointer, _int, _int],
+    "decoder_run": [_pointer, _long, _pointer, _pointer, _long, _pointer, _pointer],
     "quantised_linear_run": [_pointer, _pointer, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "quantised_mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "quantise_run": [_pointer, _int, *[_long] * 4, *[_pointer] * 4],

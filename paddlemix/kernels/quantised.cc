@@ -7,11 +7,6 @@
 
 #include "common.h"
 
-#if defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
-#include <immintrin.h>
-#define PADDLEMIX_VECTORS
-#endif
-
 namespace {
 
 constexpr int64_t kBlock = 64;      // inputs of a block of codes
@@ -120,12 +115,6 @@ inline __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
 #else
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 #endif
-}
-
-// Sums of four vectors.
-inline __m128 sums_of(const __m256* v) {
-  __m256 s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-  return _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
 }
 
 // Codes of a block as 16-bit numbers, in the order of the inputs.

@@ -136,10 +136,10 @@ class ChatSession:
     def memory(self):
         """What the conversation holds beside the model: bytes of ``features`` and of the ``kv_cache``, and the ``positions``
         that this has room for."""
-        cache, layers = self._cache, self.model.config.llm_config.num_hidden_layers
+        cache = self._cache
         return {
             "features": sum(f.nbytes if self.model.routes else _bytes(f) for f in self._features),
-            "kv_cache": 0 if cache is None else sum(_bytes(store) for i in range(layers) for store in cache.stores(i)),
+            "kv_cache": 0 if cache is None else cache.nbytes,
             "positions": 0 if cache is None else cache.capacity,
         }
 

@@ -15,8 +15,10 @@ from paddlemix import device
 from paddlemix.errors import DeviceError
 from paddlemix.kernels import cpu as kernels
 from paddlemix.kernels import quantised as quantised_kernels
+from paddlemix.kernels.decoder import MOST_ROWS, DecoderStack
 
 from .experts import run_experts
+from .kv_cache import INT8
 from .language import TiedHead
 from .quantising import QuantisedEmbedding, QuantisedLinear
 
@@ -95,7 +97,9 @@ def fuse(model, dtype):
     if not isinstance(language.model.embed_tokens, QuantisedEmbedding):
         language.model.embed_tokens = _Embedding(language.model.embed_tokens)
     language.model.norm = _Norm(language.model.norm)
-    language.cache_dtype = dtype  # attention rounds keys and values to it anyway
+    if getattr(language, "cache_dtype", None) != INT8:
+        language.cache_dtype = dtype  # attention rounds keys and values to it anyway
+    language.model.together = _together(language.model.layers)
     model.packed, model.source = True, None  # who knows where the weights came from says so again
     # A large tile's activations fit the cache, and more at a time only cost memory; small ones are not worth a call each.
     tokens = (model.config.image_size // embeddings.patch_embedding.patch) ** 2
@@ -253,8 +257,9 @@ class _DecoderLayer(nn.Layer):
             raise ValueError("packed rows, a prefix that sees itself and cross-attention are for the eager engine")
         qkv = self.qkv(x, norm=self.norm1)
         paged = getattr(cache, "is_paged", False)
-        # A sliding layer's cache keeps the last positions, which have no fixed place; pages have none either.
-        appends = paged or (cache is not None and self.window is not None)
+        # A sliding layer's cache keeps the last positions, which have no fixed place; pages have none either, and 8 bits are
+        # not what attention takes.
+        appends = paged or (cache is not None and (self.window is not None or cache.dtype == INT8))
         if cache is None or appends:
             (keys, values), length = self._stores(qkv), tokens
         else:
@@ -270,6 +275,31 @@ class _DecoderLayer(nn.Layer):
         )
         x = self.o(out, residual=x)
         return self.mlp(x, self.norm2, with_router=True) if with_router else self.mlp(x, self.norm2)
+
+
+def _together(layers):
+    """All blocks in one call for one new token a row, which is what a step of decoding has; None where some are of another
+    kind. It answers None for what it cannot do, which goes through the blocks one by one."""
+    if any(layer.is_sparse or layer.mlp.limit is not None or layer.window is not None for layer in layers):
+        return None
+    kinds = (kernels.PackedLinear, quantised_kernels.QuantisedLinear)
+    parts = []
+    for layer in layers:
+        mlp = layer.mlp
+        if len({type(linear) for linear in (mlp.gate, mlp.up, mlp.down)}) > 1 or type(layer.qkv) not in kinds:
+            return None
+        names = {"norm1": layer.norm1, "norm2": layer.norm2, "qk_norms": layer.qk_norms, "sinks": layer.sinks}
+        parts.append({**names, "qkv": layer.qkv, "o": layer.o, "gate": mlp.gate, "up": mlp.up, "down": mlp.down})
+    stack = DecoderStack(parts, layers[0].heads, layers[0].dtype)
+
+    def together(x, rope, mask, cache, picture):
+        rows, tokens = x.shape[:2]
+        if tokens > 1 or rows > MOST_ROWS or mask.segments is not None or not mask.is_spans or picture is not None:
+            return None
+        layout = cache.layout()
+        return None if layout is None else stack(x, *rope, layout, cache.length, mask.starts)
+
+    return together
 
 
 class _GatedMLP:

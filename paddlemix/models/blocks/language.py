@@ -15,7 +15,8 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from .experts import GatedMLP, MixtureOfExperts
-from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention, take_rows
+from .kv_cache import KVCache
+from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention
 
 
 class RotaryTables:
@@ -137,131 +138,6 @@ def _yarn(config, frequencies):
     return frequencies * (1 - slow) + frequencies / np.float32(factor) * slow, amplitude
 
 
-class KVCache:
-    """Keys and values of every layer, allocated once for ``capacity`` positions and filled in place.
-
-    A layer with a sliding window keeps the positions that its window reaches, and a few before, so that a conversation can
-    go back by these (:meth:`reusable`).
-
-    Args:
-        config: the language configuration.
-        batch: rows ``B``.
-        capacity: positions a row can hold.
-        dtype: dtype of keys and values.
-    """
-
-    SLACK = 64  # positions before its window that a sliding layer keeps
-
-    def __init__(self, config, batch, capacity, dtype):
-        self.config, self.batch, self.capacity, self.length = config, batch, capacity, 0
-        self.windows = [config.window(i) for i in range(config.num_hidden_layers)]
-        shape = [batch * capacity, config.num_key_value_heads, config.head_dim]
-        nothing = [batch, 0, *shape[1:]]
-        self._keys = [paddle.zeros(nothing if window else shape, dtype) for window in self.windows]
-        self._values = [paddle.zeros(nothing if window else shape, dtype) for window in self.windows]
-        self._rows = None
-
-    @property
-    def rotary_lengths(self):
-        """How long sequences are, which decides the scaling of rotary positions: a number, or one for each new token."""
-        return self.length
-
-    def reserve(self, count):
-        """Make the next ``count`` positions the ones that :meth:`append` fills in each layer."""
-        if self.length + count > self.capacity:
-            raise ValueError(f"the KV cache holds {self.capacity} positions; {self.length + count} were asked for")
-        rows = np.arange(self.batch)[:, None] * self.capacity + np.arange(self.length, self.length + count)
-        self._rows = paddle.to_tensor(rows.reshape(-1))
-        self.length += count
-
-    def reusable(self, length):
-        """How many of the first ``length`` positions :meth:`truncate` can go back to: all of them, or 0."""
-        for window, keys in zip(self.windows, self._keys):
-            if window and self.length - keys.shape[1] > max(0, length - window + 1):
-                return 0
-        return length
-
-    def truncate(self, length):
-        """Forget everything from position ``length`` on."""
-        gone, self.length = max(0, self.length - length), min(self.length, length)
-        for i, window in enumerate(self.windows):
-            if window and gone:
-                kept = max(0, self._keys[i].shape[1] - gone)
-                self._keys[i], self._values[i] = (store[:, :kept].contiguous() for store in self.stores(i))
-
-    def grown(self, capacity):
-        """This cache if it holds ``capacity`` positions, else a larger one with the same contents (one row only)."""
-        if capacity <= self.capacity:
-            return self
-        for stores in (self._keys, self._values):
-            for i, store in enumerate(stores):
-                if not self.windows[i]:
-                    room = paddle.zeros([capacity - self.capacity, *store.shape[1:]], store.dtype)
-                    stores[i] = paddle.concat([store, room])
-        self.capacity = capacity
-        return self
-
-    def _like(self, batch, capacity):
-        return KVCache(self.config, batch, capacity, self._keys[0].dtype)
-
-    def repeated(self, times, capacity):
-        """Another cache of ``capacity`` positions that holds each row ``times`` times, one after the other."""
-        other = self._like(self.batch * times, capacity)
-        held = np.arange(self.length)
-        sources = (np.arange(self.batch).repeat(times)[:, None] * self.capacity + held).reshape(-1)
-        rows = paddle.to_tensor((np.arange(other.batch)[:, None] * capacity + held).reshape(-1))
-        whole = np.arange(self.batch).repeat(times)
-        for mine, its in ((self._keys, other._keys), (self._values, other._values)):
-            for i, store in enumerate(mine):
-                if self.windows[i]:
-                    its[i] = take_rows(store, whole)
-                else:
-                    paddle.scatter_(its[i], rows, take_rows(store, sources), overwrite=True)
-        other.length = self.length
-        return other
-
-    def reorder(self, parents, start=0):
-        """Let row ``i`` go on from row ``parents[i]``: the positions from ``start`` on are copied, those before are alike."""
-        moved = np.flatnonzero(parents != np.arange(self.batch))
-        if not len(moved) or start >= self.length:
-            return
-        held = np.arange(start, self.length)
-        sources = (parents[moved][:, None] * self.capacity + held).reshape(-1)
-        rows = paddle.to_tensor((moved[:, None] * self.capacity + held).reshape(-1))
-        for stores in (self._keys, self._values):
-            for i, store in enumerate(stores):
-                if self.windows[i]:
-                    stores[i] = take_rows(store, parents)
-                else:
-                    paddle.scatter_(store, rows, take_rows(store, sources), overwrite=True)
-
-    def stores(self, layer):
-        """The layer's keys and values on the cache's own memory, ``[B, capacity, K, D]`` each; of a sliding layer only the
-        last positions, as many as it has."""
-        if self.windows[layer]:
-            return self._keys[layer], self._values[layer]
-        shape = [self.batch, self.capacity, *self._keys[layer].shape[1:]]
-        return self._keys[layer].reshape(shape), self._values[layer].reshape(shape)
-
-    def append(self, layer, k, v):
-        """Write ``k, v [B, N, K, D]`` of the reserved positions; return all that they can see, ``[B, S, K, D]``."""
-        if self.windows[layer]:
-            return self._slide(layer, k, v)
-        for store, new in ((self._keys[layer], k), (self._values[layer], v)):
-            paddle.scatter_(store, self._rows, new.reshape([-1, *store.shape[1:]]), overwrite=True)
-        return [store[:, : self.length] for store in self.stores(layer)]
-
-    def _slide(self, layer, k, v):
-        """:meth:`append` of a sliding layer: what is behind the window and the slack is forgotten."""
-        seen, kept = [], self.windows[layer] - 1 + self.SLACK
-        for stores, new in ((self._keys, k), (self._values, v)):
-            old = stores[layer]
-            whole = paddle.concat([old, new.astype(old.dtype)], axis=1) if old.shape[1] else new.astype(old.dtype)
-            stores[layer] = whole if whole.shape[1] <= kept else whole[:, -kept:].contiguous()
-            seen.append(whole)
-        return seen
-
-
 class DecoderAttention(nn.Layer):
     """Causal attention with grouped queries."""
 
@@ -372,6 +248,7 @@ class Decoder(nn.Layer):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = RotaryTables(config)
         self.enable_recompute = False
+        self.together = None  # the engine's: all blocks in one call, or None where it cannot
 
     def forward(self, inputs_embeds, position_ids, mask, cache=None, picture=None, router_logits=None):
         """``inputs_embeds [B, N, D]``, ``position_ids [B or 1, N]`` -> hidden states ``[B, N, D]``, normalised.
@@ -385,6 +262,10 @@ class Decoder(nn.Layer):
         if isinstance(position_ids, np.ndarray):
             position_ids = paddle.to_tensor(position_ids)
         rope = self.rope(position_ids, lengths)
+        if self.together is not None and cache is not None:
+            x = self.together(inputs_embeds, rope, mask, cache, picture)
+            if x is not None:
+                return self.norm(x)
         x = inputs_embeds
         for layer in self.layers:
             noted = router_logits is not None and layer.is_sparse

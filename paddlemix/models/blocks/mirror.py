@@ -232,7 +232,7 @@ class _LedCache(KVCache):
 
     def _like(self, batch, capacity):
         other = _LedCache.__new__(_LedCache)
-        KVCache.__init__(other, self.config, batch, capacity, self._keys[0].dtype)
+        KVCache.__init__(other, self.config, batch, capacity, self.dtype)
         return other
 
     def repeated(self, times, capacity):

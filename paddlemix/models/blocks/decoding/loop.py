@@ -14,6 +14,7 @@ from paddlemix import device
 from paddlemix.errors import PromptError, UserError
 
 from ..generation import GenerationConfig, TextStream
+from ..kv_cache import INT8
 from ..layers import count_parameters, take_rows
 from ..router import kept_tokens
 from .pages import PageTable
@@ -298,6 +299,8 @@ class Loop:
 def bytes_per_position(model):
     """Memory of the cache for one position, in bytes."""
     dtype = model.language_model.embed(paddle.to_tensor([0])).dtype
+    if getattr(model.language_model, "cache_dtype", None) == INT8:
+        return PagedCache.bytes_per_position(model.config.llm_config, None)
     size = 4 if device.is_cpu() else np.dtype("float32").itemsize // (1 if dtype == paddle.float32 else 2)
     return PagedCache.bytes_per_position(model.config.llm_config, size)
 

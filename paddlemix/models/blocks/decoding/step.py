@@ -15,6 +15,7 @@ from paddle.nn import functional as F
 
 from paddlemix import device
 
+from ..kv_cache import INT8, Int8Rows, layout_of
 from ..layers import AttentionMask, take_rows
 from .routing import routed
 
@@ -26,21 +27,28 @@ ROWS = 16
 class PagedCache:
     """Keys and values of every layer for ``slots`` positions, ``[slots, K, D]`` each, in the order of the pages.
 
-    On CPU in float32, where nothing else can be stored by position; attention rounds to its own dtype anyway.
+    On CPU in float32, where nothing else can be stored by position, or in 8 bits where ``dtype`` is int8; attention rounds to
+    its own dtype anyway.
     """
 
     number = None  # what the ranks of a divided model call it
 
     def __init__(self, config, slots, dtype):
         shape = [slots, config.num_key_value_heads, config.head_dim]
-        dtype = "float32" if device.is_cpu() else dtype
-        self.keys = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
-        self.values = [paddle.zeros(shape, dtype) for _ in range(config.num_hidden_layers)]
+        self.dtype = dtype if dtype == INT8 or not device.is_cpu() else "float32"
+
+        def store(_):
+            return Int8Rows(*shape) if dtype == INT8 else paddle.zeros(shape, self.dtype)
+
+        layers = range(config.num_hidden_layers)
+        self.keys, self.values = (list(map(store, layers)) for _ in "kv")
+        self.slides = any(map(config.window, layers))
 
     @staticmethod
     def bytes_per_position(config, itemsize=4):
-        """Memory that one position takes, in bytes."""
-        return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * itemsize
+        """Memory that one position takes, in bytes; ``itemsize`` is that of a number, None for 8 bits and their scales."""
+        head = Int8Rows.bytes_of(config.head_dim) if itemsize is None else config.head_dim * itemsize
+        return 2 * config.num_hidden_layers * config.num_key_value_heads * head
 
 
 class PagesView:
@@ -58,7 +66,7 @@ class PagesView:
     def __init__(self, cache, new, seen, length):
         self.rotary_lengths, self.length = length, seen.shape[1]
         self._cache, self._shape = cache, list(seen.shape)
-        self._new, self._seen = paddle.to_tensor(new), paddle.to_tensor(seen.reshape(-1))
+        self._new = self._seen = None
         self._given = {"new": new, "seen": seen, "length": length}
 
     def described(self):
@@ -70,8 +78,16 @@ class PagesView:
 
     def append(self, layer, k, v):
         """Write ``k, v [B, N, K, D]``; return what the rows see, ``[B, S, K, D]`` each."""
-        out = []
-        for store, new in ((self._cache.keys[layer], k), (self._cache.values[layer], v)):
+        out, cache = [], self._cache
+        if cache.dtype == INT8:
+            for store, new in ((cache.keys[layer], k), (cache.values[layer], v)):
+                store.put(self._given["new"], new)
+                seen = store.take(self._given["seen"].reshape(-1)).astype(k.dtype)
+                out.append(seen.reshape([*self._shape, *store.shape[1:]]))
+            return out
+        if self._new is None:
+            self._new, self._seen = (paddle.to_tensor(self._given[name].reshape(-1)) for name in ("new", "seen"))
+        for store, new in ((cache.keys[layer], k), (cache.values[layer], v)):
             new = new.astype(store.dtype) if new.dtype != store.dtype else new
             paddle.scatter_(store, self._new, new.reshape([-1, *store.shape[1:]]), overwrite=True)
             # By embedding, the one lookup that every backend has natively in every dtype.
@@ -79,6 +95,11 @@ class PagesView:
             seen = seen.astype(k.dtype) if k.dtype != store.dtype else seen
             out.append(seen.reshape([*self._shape, *store.shape[1:]]))
         return out
+
+    def layout(self):
+        """A :class:`~paddlemix.kernels.decoder.KVLayout`; None where layers slide."""
+        cache = self._cache
+        return None if cache.slides else layout_of(cache.dtype, cache.keys, cache.values, slots=self._given["seen"])
 
 
 class Stepper:
@@ -93,9 +114,10 @@ class Stepper:
     def __init__(self, language_model, table, dtype="float32"):
         self.model, self.table, self.dtype = language_model, table, dtype
         slots = table.pages * table.page_size
-        self.cache = PagedCache(language_model.config, slots, dtype)
+        kept = INT8 if getattr(language_model, "cache_dtype", None) == INT8 else dtype
+        self.cache = PagedCache(language_model.config, slots, kept)
         if hasattr(language_model, "adopt_pages"):  # other ranks have pages of their heads too
-            language_model.adopt_pages(self.cache, slots, dtype)
+            language_model.adopt_pages(self.cache, slots, kept)
 
     def _slots(self, sequence, first, last):
         positions = np.arange(first, last)
