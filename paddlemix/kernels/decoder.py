@@ -108,7 +108,8 @@ class DecoderStack:
                 raise ValueError(f"starts must be one position below {length} for each of {rows} rows")
         step = _Step(
             rows, self.heads, layout.heads, width, length, layout.capacity, _CACHE_TYPES[layout.dtype], layout.group,
-            cos.shape[0], self.rounds, cos.data_ptr(), sin.data_ptr(), None if layout.slots is None else layout.slots.ctypes.data,
+            cos.shape[0], self.rounds, cos.data_ptr(), sin.data_ptr(),
+            None if layout.slots is None else layout.slots.ctypes.data,
             None if starts is None else starts.ctypes.data, width**-0.5,
         )  # fmt: skip
         out = paddle.empty([rows, 1, self.out_features], "float32")
