@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kBlock = 64;      // inputs of a block of codes
 constexpr int64_t kFewRows = 32;    // up to these, rows go through the kernel here, else through oneDNN
 constexpr int64_t kStrip = 16;      // outputs that a thread computes at a time
+constexpr int64_t kAhead = 4096;    // bytes of codes that are fetched before they are needed: processors stop at a page's end
 constexpr int64_t kPanel = 1 << 20;  // values that are unpacked for a call of oneDNN
 
 using half = uint16_t;
@@ -67,7 +68,8 @@ void unpack_block(const uint8_t* codes, int64_t bits, int16_t* out) {
 // Rows of activations in 16 bits, with a scale and the sum for each group.
 struct Rounded {
   int16_t* values;     // [m, padded]
-  float *scale, *sum;  // [m, groups]
+  float *scale, *sum;  // [m, stride], 0 behind the groups; the sum is one of whole numbers
+  int64_t stride;
 };
 
 void round_row(const Quantised& w, const float* x, int16_t* values, float* scales, float* sums) {
@@ -93,16 +95,20 @@ void round_row(const Quantised& w, const float* x, int16_t* values, float* scale
       sum += rounded;
     }
     scales[g] = top / 32767.f;
-    sums[g] = sum * scales[g];
+    sums[g] = sum;
   }
 }
 
 Rounded round_rows(const Quantised& w, const float* x, int64_t m, Scratch& values, Scratch& numbers) {
-  Rounded r{values.get<int16_t>(m * w.padded), numbers.get<float>(2 * m * w.groups()), nullptr};
-  r.sum = r.scale + m * w.groups();
+  const int64_t stride = round_up(w.groups(), 8);
+  Rounded r{values.get<int16_t>(m * w.padded), numbers.get<float>(2 * m * stride), nullptr, stride};
+  r.sum = r.scale + m * stride;
 #pragma omp parallel for if (m * w.k > 32768)
-  for (int64_t i = 0; i < m; ++i)
-    round_row(w, x + i * w.k, r.values + i * w.padded, r.scale + i * w.groups(), r.sum + i * w.groups());
+  for (int64_t i = 0; i < m; ++i) {
+    std::fill(r.scale + i * stride, r.scale + (i + 1) * stride, 0.f);
+    std::fill(r.sum + i * stride, r.sum + (i + 1) * stride, 0.f);
+    round_row(w, x + i * w.k, r.values + i * w.padded, r.scale + i * stride, r.sum + i * stride);
+  }
   return r;
 }
 
@@ -133,68 +139,76 @@ inline void block_of(const uint8_t* codes, __m256i* out) {
   }
 }
 
-// Products of O outputs, whose codes are `row_bytes` apart, with R rows of activations, `padded` apart, where O * R is 4: out[o * R + r].
-// `scales [O * R, groups]` are those of codes and activations together.
-template <int kBits, int kGroup, int O, int R>
-void dot(const uint8_t* codes, int64_t row_bytes, const int16_t* x, int64_t padded, const float* scales, float* out) {
+// One output for R rows of activations, without factor and bias: out[r]. `room` is for R * stride floats.
+template <int kBits, int kGroup, int R>
+void output(const Quantised& w, int64_t n, const Rounded& x, int64_t row, float* room, float* out) {
   constexpr int kBlocks = kGroup > kBlock ? kGroup / kBlock : 1, kVectors = kGroup / 16 / kBlocks;  // vectors of a block and group
-  const int64_t groups = padded / kGroup;
+  const int64_t groups = w.groups(), stride = x.stride, last = w.n * groups - 8;
   __m256 total[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
-  for (int64_t at = 0, g = 0; at < padded; at += kBlocks * kBlock) {
+  for (int64_t g = 0; g < groups; g += 8) {  // scales of codes and activations together, and what zeros take away
+    half ends[16] = {};
+    const int64_t at = n * groups + g;
+    const half *scales = w.scales + at, *zeros = w.zeros ? w.zeros + at : ends + 8;
+    if (at > last) {  // behind the end of the arrays is nothing to be read
+      scales = static_cast<half*>(std::memcpy(ends, scales, (groups - g) * sizeof(half)));
+      if (w.zeros) zeros = static_cast<half*>(std::memcpy(ends + 8, zeros, (groups - g) * sizeof(half)));
+    }
+    const __m256 scale = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+    const __m256 offset = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
 #pragma GCC unroll 4
-    for (int o = 0; o < O; ++o) {
-      __m256i sum[R];
+    for (int r = 0; r < R; ++r) {
+      const __m256 both = _mm256_mul_ps(scale, _mm256_loadu_ps(x.scale + (row + r) * stride + g));
+      _mm256_storeu_ps(room + r * stride + g, both);
+      if (kBits == 4)
+        total[r] = _mm256_fnmadd_ps(_mm256_mul_ps(both, offset), _mm256_loadu_ps(x.sum + (row + r) * stride + g), total[r]);
+    }
+  }
+  const uint8_t* codes = w.codes + n * w.row_bytes();
+  const int16_t* values = x.values + row * w.padded;
+  for (int64_t at = 0, g = 0; at < w.padded; at += kBlocks * kBlock, g += 4 / kVectors) {
+    __m256i sum[R];
 #pragma GCC unroll 2
-      for (int b = 0; b < kBlocks; ++b) {
-        __m256i c[4];
-        block_of<kBits>(codes + o * row_bytes + (at + b * kBlock) * kBits / 8, c);
+    for (int b = 0; b < kBlocks; ++b) {
+      __m256i c[4];
+      const uint8_t* from = codes + (at + b * kBlock) * kBits / 8;
+      _mm_prefetch(reinterpret_cast<const char*>(from) + kAhead, _MM_HINT_T0);
+      block_of<kBits>(from, c);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          const __m256i* a = reinterpret_cast<const __m256i*>(x + r * padded + at + b * kBlock);
+      for (int r = 0; r < R; ++r) {
+        const __m256i* a = reinterpret_cast<const __m256i*>(values + r * w.padded + at + b * kBlock);
 #pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            const __m256i part = _mm256_loadu_si256(a + i);
-            const bool fresh = i % kVectors == 0 && b == 0;
-            sum[r] = fresh ? _mm256_madd_epi16(c[i], part) : multiply_add(sum[r], c[i], part);
-            if (i % kVectors != kVectors - 1 || b != kBlocks - 1) continue;
-            const __m256 scale = _mm256_broadcast_ss(scales + (o * R + r) * groups + g + i / kVectors);
-            total[o * R + r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r]), scale, total[o * R + r]);
-          }
+        for (int i = 0; i < 4; ++i) {
+          const __m256i part = _mm256_loadu_si256(a + i);
+          const bool fresh = i % kVectors == 0 && b == 0;
+          sum[r] = fresh ? _mm256_madd_epi16(c[i], part) : multiply_add(sum[r], c[i], part);
+          if (i % kVectors != kVectors - 1 || b != kBlocks - 1) continue;
+          const __m256 scale = _mm256_broadcast_ss(room + r * stride + g + i / kVectors);
+          total[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r]), scale, total[r]);
         }
       }
     }
-    g += 4 / kVectors;
   }
   _mm_storeu_ps(out, sums_of(total));
 }
-
-inline void to_floats(const half* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8)
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  for (; i < count; ++i) to[i] = to_float(from[i]);
-}
 #else
-template <int kBits, int kGroup, int O, int R>
-void dot(const uint8_t* codes, int64_t row_bytes, const int16_t* x, int64_t padded, const float* scales, float* out) {
-  const int64_t groups = padded / kGroup;
+template <int kBits, int kGroup, int R>
+void output(const Quantised& w, int64_t n, const Rounded& x, int64_t row, float*, float* out) {
+  const uint8_t* codes = w.codes + n * w.row_bytes();
   int16_t values[kBlock];
-  std::fill(out, out + 4, 0.f);
-  for (int o = 0; o < O; ++o)
-    for (int64_t at = 0; at < padded; at += kBlock) {
-      unpack_block(codes + o * row_bytes + at * kBits / 8, kBits, values);
-      for (int r = 0; r < R; ++r)
-        for (int64_t part = 0; part < kBlock; part += 32) {
-          const int16_t* a = x + r * padded + at + part;
-          int32_t sum = 0;
-          for (int i = 0; i < 32; ++i) sum += int32_t(values[part + i]) * a[i];
-          out[o * R + r] += sum * scales[(o * R + r) * groups + (at + part) / kGroup];
-        }
+  std::fill(out, out + R, 0.f);
+  for (int64_t at = 0; at < w.padded; at += kBlock, codes += kBlock * kBits / 8) {
+    unpack_block(codes, kBits, values);
+    for (int64_t part = 0; part < kBlock; part += 32) {
+      const int64_t g = (at + part) / kGroup;
+      const float scale = to_float(w.scales[n * w.groups() + g]), zero = w.zeros ? to_float(w.zeros[n * w.groups() + g]) : 0.f;
+      for (int r = 0; r < R; ++r) {
+        const int16_t* a = x.values + (row + r) * w.padded + at + part;
+        int32_t sum = 0, all = 0;
+        for (int i = 0; i < 32; ++i) sum += int32_t(values[part + i]) * a[i], all += a[i];
+        out[r] += (sum - zero * all) * (scale * x.scale[(row + r) * x.stride + g]);
+      }
     }
-}
-
-inline void to_floats(const half* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+  }
 }
 #endif
 
@@ -219,56 +233,18 @@ void activate(float* x, int64_t count, int activation) {
   }
 }
 
-// O outputs from n on of R rows from `row` on; `scales` and `offsets [O, groups]` are those outputs'.
-template <int kBits, int kGroup, int O, int R>
-void tile(const Quantised& w, const Rounded& x, int64_t n, int64_t row, const float* scales, const float* offsets, float* out,
-          int64_t stride) {
-  thread_local Scratch room;
-  const int64_t groups = w.groups();
-  float *both = room.get<float>(4 * groups), sums[4];
-  for (int o = 0; o < O; ++o)
-    for (int r = 0; r < R; ++r) {
-      const float *left = scales + o * groups, *right = x.scale + (row + r) * groups;
-      float* to = both + (o * R + r) * groups;
-#pragma omp simd
-      for (int64_t g = 0; g < groups; ++g) to[g] = left[g] * right[g];
-    }
-  dot<kBits, kGroup, O, R>(w.codes + n * w.row_bytes(), w.row_bytes(), x.values + row * w.padded, w.padded, both, sums);
-  for (int o = 0; o < O; ++o)
-    for (int r = 0; r < R; ++r) {
-      float offset = 0;
-      if (w.zeros) {
-        const float *left = offsets + o * groups, *right = x.sum + (row + r) * groups;
-#pragma omp simd reduction(+ : offset)
-        for (int64_t g = 0; g < groups; ++g) offset += left[g] * right[g];
-      }
-      out[(row + r) * stride + n + o] = (sums[o * R + r] - offset) * w.factors[n + o] + (w.bias ? w.bias[n + o] : 0.f);
-    }
-}
-
-// Outputs first to last of a few rows: out[row * stride + output]. Four sums are made at once: of four rows of activations or,
-// where fewer are left, of four outputs.
+// Outputs first to last of a few rows: out[row * stride + output]; codes become numbers once for four rows.
 template <int kBits, int kGroup>
 void few_outputs(const Quantised& w, const Rounded& x, int64_t m, int64_t first, int64_t last, float* out, int64_t stride) {
-  thread_local Scratch room;
-  const int64_t groups = w.groups(), count = (last - first) * groups, fours = m / 4 * 4;
-  float *scales = room.get<float>(2 * count), *offsets = scales + count;
-  to_floats(w.scales + first * groups, count, scales);
-  if (w.zeros) {
-    to_floats(w.zeros + first * groups, count, offsets);
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i) offsets[i] *= scales[i];
-  }
-  for (int64_t n = first; n < last && fours; ++n)
-    for (int64_t row = 0; row < fours; row += 4) {
-      const int64_t at = (n - first) * groups;
-      tile<kBits, kGroup, 1, 4>(w, x, n, row, scales + at, offsets + at, out, stride);
-    }
-  for (int64_t row = fours; row < m; ++row)
-    for (int64_t n = first; n < last;) {
-      const int64_t at = (n - first) * groups;
-      if (last - n >= 4) tile<kBits, kGroup, 4, 1>(w, x, n, row, scales + at, offsets + at, out, stride), n += 4;
-      else tile<kBits, kGroup, 1, 1>(w, x, n, row, scales + at, offsets + at, out, stride), ++n;
+  thread_local Scratch scratch;
+  float *room = scratch.get<float>(4 * x.stride), sums[4];
+  for (int64_t n = first; n < last; ++n)
+    for (int64_t row = 0, count; row < m; row += count) {
+      count = m - row >= 4 ? 4 : m - row >= 2 ? 2 : 1;
+      auto run = count == 4 ? output<kBits, kGroup, 4> : count == 2 ? output<kBits, kGroup, 2> : output<kBits, kGroup, 1>;
+      run(w, n, x, row, room, sums);
+      for (int64_t r = 0; r < count; ++r)
+        out[(row + r) * stride + n] = sums[r] * w.factors[n] + (w.bias ? w.bias[n] : 0.f);
     }
 }
 
