@@ -123,6 +123,8 @@ class Server:
         announced = request.headers.get("content-length", "0")
         data, count = bytearray(), 0
         too_large = announced.isdigit() and int(announced) > limit
+        if too_large and int(announced) > 2 * limit + _DRAINED:  # would not be heard to its end
+            raise large
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for piece in request.stream():
