@@ -97,7 +97,7 @@ def test_forms_that_cost_too_much_are_refused_and_hold_up_nobody():
     for _ in range(200):
         deep = {"type": "object", "properties": {"a": deep}}
     broad = {
-        f"k{i}": {"type": "string", "pattern": f"^({'|'.join(f'w{i}x{j}' for j in range(400))}){{1,400}}$"} for i in range(40)
+        f"k{i}": {"type": "string", "pattern": f"^({'|'.join(f'w{i}x{j}' for j in range(2000))}){{1,400}}$"} for i in range(60)
     }
     forms = (
         {"guided_json": deep},
@@ -114,7 +114,7 @@ def test_forms_that_cost_too_much_are_refused_and_hold_up_nobody():
         assert answer(url, "Hi", max_tokens=2) and time.monotonic() - begun < 10
         for form, found in zip(forms, asked):
             status, _, text = found.result()
-            if form is forms[1] and status == 200:  # by time: a fast machine can follow it
+            if "guided_regex" in form and status == 200:  # versions of the library differ in what they can follow quickly
                 continue
             assert status == 400 and set(json.loads(text)) == {"error"}, (next(iter(form)), text[:300])
 
