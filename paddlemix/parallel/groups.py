@@ -11,8 +11,10 @@ divided its parts are summed, and where its outputs are, every rank takes all in
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from concurrent import futures
 
@@ -22,9 +24,11 @@ from paddle.autograd import PyLayer
 from paddle.base import core
 
 from paddlemix import device
-from paddlemix.errors import ParallelError
+from paddlemix.errors import ConfigError, ParallelError
 
 __all__ = ["Group", "connect", "free_port", "limited", "now_doing"]
+
+_TIMEOUT = "PADDLEMIX_COLLECTIVE_TIMEOUT"  # of a collective on a device, in seconds; gloo gives up after 30 by itself
 
 _made = 0  # highest number of a group of this process
 _doing = ""  # what a message says of when a collective failed
@@ -121,6 +125,10 @@ class Group:
         self._turns = 0
         self.processes = []  # machine and process of each rank
         self.overlaps, self._thread = False, None
+        self._latest = None  # on a device: name of the last collective, when it began, and what tells whether it has ended
+        if size > 1 and not device.is_cpu():
+            watched = weakref.ref(self), paddle.device.get_device(), _limit()
+            threading.Thread(target=_watch, args=watched, daemon=True).start()
 
     @property
     def is_first(self):
@@ -152,7 +160,14 @@ class Group:
         self.bytes[name] += tensor.size * tensor.element_size()
         if self._thread is not None:
             return self._thread.submit(self._now, name, tensor, *more)
-        return _Task(self, name, getattr(self._group, name)(tensor, *more, False))
+        return _Task(self, name, self._issued(name, tensor, *more, False))
+
+    def _issued(self, name, *given):
+        began = time.monotonic()
+        self._latest = name, began, None
+        task = getattr(self._group, name)(*given)
+        self._latest = name, began, task
+        return task
 
     def overlap(self):
         """From now on what is begun by a ``..._later`` goes on while this process computes.
@@ -167,21 +182,22 @@ class Group:
     def _now(self, name, *given):
         began = time.monotonic()
         try:
-            getattr(self._group, name)(*given, True).wait()
+            self._issued(name, *given, True).wait()
         except (RuntimeError, ValueError, OSError) as error:
             raise ParallelError(self._sentence(name, time.monotonic() - began, str(error))) from None
 
     def _sentence(self, name, seconds, said):
-        """What to say of a collective that failed."""
+        """What to say of a collective that failed with what is ``said``; None where it hangs."""
         when = f"{_doing}: {name} among {self.name}" if _doing else f"{name} among {self.name}"
+        hung = said is None or seconds > 25
         for _ in range(20):  # who died is known a moment after its connections are
             ended = self._ended()
-            if ended or seconds > 25:
+            if ended or hung:
                 break
             time.sleep(0.1)
         if ended:
             return self._ended_sentence(when, ended[0])
-        if seconds > 25 or "imeout" in said or "TIMEOUT" in said:
+        if hung or "imeout" in said or "TIMEOUT" in said:
             return f"{when} timed out after {seconds:.0f} seconds: another rank hangs, or is as much behind"
         said = said.strip().splitlines()[-1][:160] if said.strip() else "no reason given"
         return f"{when} failed ({said}): another rank has ended or cannot be reached; look at the logs of all"
@@ -255,15 +271,22 @@ class Group:
             return
         key, self._turns = f"meet/{self._turns}", self._turns + 1
         if self.is_first or not first_alone:
-            self.store.add(key, 1)
+            self._counted(key, 1)
         pause, needed, looked = 0.0005, 1 if first_alone else self.size, time.monotonic()
-        while self.store.add(key, 0) < needed:
+        while self._counted(key) < needed:
             time.sleep(pause)
             pause = min(pause * 1.5, 0.05)
             if time.monotonic() > looked + 2:
                 looked = time.monotonic()
                 if ended := self._ended():
                     raise ParallelError(self._ended_sentence(f"waiting for {self.name}", ended[0]))
+
+    def _counted(self, key, more=0):
+        """The store's number ``key``, after ``more``; the store ends with the first rank."""
+        try:
+            return self.store.add(key, more)
+        except (RuntimeError, ValueError, OSError, SystemError) as error:
+            raise ParallelError(self._sentence("waiting", 0, str(error))) from None
 
     # ------------------------------------------------------------------ with gradients
 
@@ -311,6 +334,34 @@ class _Task:
             self._task.wait()
         except (RuntimeError, ValueError, OSError) as error:
             raise ParallelError(self._group._sentence(self._name, 0, str(error))) from None
+
+
+def _limit():
+    told = os.environ.get(_TIMEOUT, "1800")
+    with contextlib.suppress(ValueError):
+        if float(told) > 0:
+            return float(told)
+    raise ConfigError(f"{_TIMEOUT} is '{told}': it must be a number of seconds above 0")
+
+
+def _watch(group, place, limit):
+    """End this process where a collective of ``group``, a weak reference, takes more than ``limit`` seconds on ``place``.
+
+    What is computed there waits for it, and whoever needs that waits with it, so that nobody else could say so.
+    """
+    device.set_device(place)  # threads have their own
+    tells = False  # whether tasks can tell that they have ended
+    while (alive := group()) is not None:
+        if alive._latest is not None:
+            name, began, task = alive._latest
+            ended = task is not None and task.is_completed()
+            tells = tells or ended
+            seconds = time.monotonic() - began
+            if tells and not ended and seconds > limit:
+                print(f"error: {alive._sentence(name, seconds, None)}", file=sys.stderr, flush=True)
+                os._exit(1)
+        del alive
+        time.sleep(min(5, limit / 4))
 
 
 def _runs(pid):
