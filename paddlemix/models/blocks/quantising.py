@@ -9,6 +9,7 @@ bits.
 """
 
 import contextlib
+import math
 import warnings
 
 import numpy as np
@@ -42,7 +43,7 @@ class QuantisedLinear(Linear):
 
     def __init__(self, layer, bits):
         nn.Layer.__init__(self)  # not Linear's, which would allocate a weight
-        self.weight, self.bias, self.name, self.bits = None, layer.bias, None, bits
+        self.weight, self.bias, self.name, self.bits, self.group = None, layer.bias, None, bits, getattr(layer, "group", None)
         self.in_features, self.out_features = layer.weight.shape
         self.quantised, self._plain = None, None
 
@@ -243,14 +244,14 @@ def prepare_adapted(model, weight_dtype, dtype, tower="language_model"):
             owner._sub_layers[name] = new
 
 
-def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=None, learning=False):
+def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=None, learning=False, shares=None):
     """:func:`~paddlemix.checkpoints.checkpoint.load_checkpoint`, with weights in few bits where user or files want that.
 
     A weight is rounded as soon as it is read, so that no two of them are in memory in floating point; where there are adapters
     to be added first, they all are.
 
     Args:
-        model, source, dtype, keep: as there.
+        model, source, dtype, keep, shares: as there.
         weight_dtype, parts: as for :func:`prepare`.
         learning: whether adapters are to learn: then ``weight_dtype`` is of the language model's weights under them.
     """
@@ -267,27 +268,27 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
         return
     adapted = any(isinstance(layer, LoRALinear) for layer in model.sublayers())
     if adapted and weight_dtype is not None:
-        load_checkpoint(model, source, dtype)
+        load_checkpoint(model, source, dtype, shares=shares)
         merge_lora(model)
         quantise_model(model, weight_dtype, parts)
         return
     if weight_dtype is not None or source.packed:
         prepare(model, weight_dtype, parts, source.packed)
-    _load(model, source, dtype, keep)
+    _load(model, source, dtype, keep, shares)
     if model.quantised_layers:
         model.packed, model.source = True, source
 
 
-def _load(model, source, dtype, keep):
+def _load(model, source, dtype, keep, shares=None):
     """:func:`load_checkpoint`, with what is to be rounded from the cache if it is there."""
     layers, key = model.quantised_layers, None
-    if layers and not source.packed:
+    if layers and not source.packed and shares is None:
         key = cache.key_of(source, {name: layer.bits for name, layer in layers.items()})
         found = cache.find(key, {name: (layer.out_features, layer.in_features, layer.bits) for name, layer in layers.items()})
         for name, weight in (found or {}).items():
             layers[name].take(weight)
             key = None
-    load_checkpoint(model, source, dtype, keep)
+    load_checkpoint(model, source, dtype, keep, shares)
     if key is not None:
         cache.store_later(key, {name: layer.quantised for name, layer in layers.items()})
 
@@ -331,6 +332,17 @@ class _Rounded:
 
     def numpy(self):
         return self.layer.plain().dequantised(self.dtype).T.contiguous().numpy()
+
+
+def weight_bytes(table, element, weight_dtype=None, parts=None):
+    """Bytes of the weights of ``table``, ``element`` each where they are not in few bits, scales included."""
+    bits, parts = check_choice(weight_dtype, parts)
+    few = tuple(_WHERE[part] for part in parts) if bits else ()
+    total = 0
+    for weight in table:
+        packed = few and weight.linear and weight.name.startswith(few)
+        total += math.prod(weight.shape) * ((bits + 0.5) / 8 if packed else element)  # float16 for each 64 values, or two
+    return total
 
 
 def quantise_model(model, weight_dtype, parts=None):

@@ -81,11 +81,8 @@ class InternVLChatModel(ChatModel):
         if tensor_parallel != 1:
             from . import ranks  # nobody else pays for it
 
-            if weight_dtype:
-                raise ConfigError(
-                    "weights in few bits are not divided over devices: leave out --load_8bit or --tensor_parallel"
-                )
-            if (found := ranks.load(cls, source, dtype, engine, keep, tensor_parallel)) is not None:
+            weights = weight_dtype, quantize_parts
+            if (found := ranks.load(cls, source, dtype, engine, keep, tensor_parallel, weights)) is not None:
                 return found
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
             model = cls(config)

@@ -9,11 +9,12 @@ import sys
 import paddle
 
 from paddlemix import device
-from paddlemix.checkpoints.checkpoint import Checkpoint, load_checkpoint
+from paddlemix.checkpoints.checkpoint import Checkpoint
 from paddlemix.errors import ConfigError, DeviceError, ParallelError, UserError
 from paddlemix.models.blocks.division import check_division
 from paddlemix.models.blocks.mirror import follow, lead
 from paddlemix.models.blocks.parallel import divide
+from paddlemix.models.blocks.quantising import load_quantised, weight_bytes
 from paddlemix.parallel.groups import Group
 from paddlemix.parallel.workers import Inbox, Workers, launched
 
@@ -22,41 +23,44 @@ from .configuration import InternVLChatConfig
 _ROOM = 1.2  # beside the weights: activations, keys and values
 
 
-def load(cls, source, dtype, engine, keep, wanted):
+def load(cls, source, dtype, engine, keep, wanted, weights=(None, None)):
     """The model of class ``cls`` over ``wanted`` ranks; None where one will do.
 
     Args:
         cls: :class:`~.modeling.InternVLChatModel` or a subclass.
         source: the :class:`Checkpoint`.
         dtype, engine, keep, wanted: as ``from_pretrained`` takes them, ``wanted`` as ``tensor_parallel``.
+        weights: the same, ``weight_dtype`` and ``quantize_parts``.
 
     Raises:
         UserError: it cannot be so.
     """
     config = source.config
     if isinstance(wanted, Group):
-        return _loaded(cls, source, dtype, keep, wanted)
-    size = needed(source, dtype) if wanted == "auto" else wanted
+        _refuse_packed(source)
+        return _loaded(cls, source, dtype, keep, wanted, weights)
+    size = needed(source, dtype, weights) if wanted == "auto" else wanted
     if isinstance(size, bool) or not isinstance(size, int):
         raise ConfigError(f"tensor_parallel is {wanted!r}: give a number of devices, or 'auto'")
     check_division(config, size)
     if size == 1:
         return None
+    _refuse_packed(source)
     if engine == "inference":
         raise DeviceError("--engine inference packs whole weights: with --tensor_parallel use --engine eager, or auto")
     dtype = device.resolve_dtype(dtype)
     if launched() > 1:
         from paddlemix.parallel.launched import tensor_group
 
-        return _loaded(cls, source, dtype, keep, tensor_group(size))
+        return _loaded(cls, source, dtype, keep, tensor_group(size), weights)
     kind = device.current()
     if not device.is_cpu() and device.count(kind) < size:
         raise DeviceError(f"tensor_parallel is {size}, but {device.count(kind)} devices of kind {kind} are visible: use fewer")
-    settings = {"directory": source.directory, "dtype": dtype, "class": [cls.__module__, cls.__name__]}
+    settings = {"directory": source.directory, "dtype": dtype, "class": [cls.__module__, cls.__name__], "weights": weights}
     settings["devices"] = [device.of_rank(rank) for rank in range(size)]
     workers = Workers(size, "paddlemix.models.internvl2.ranks", settings)
     try:
-        model = _loaded(cls, source, dtype, keep, workers.group)
+        model = _loaded(cls, source, dtype, keep, workers.group, weights)
         workers.wait_ready()
         lead(model, workers)
     except BaseException:
@@ -66,8 +70,16 @@ def load(cls, source, dtype, engine, keep, wanted):
     return model
 
 
-def needed(source, dtype):
-    """How many devices of the kind in use the weights of a checkpoint take.
+def _refuse_packed(source):
+    if source.packed:
+        raise ConfigError(
+            f"{source.directory} has weights in few bits, which are not divided: take the original checkpoint, with "
+            "--load_8bit or --load_4bit, or leave out --tensor_parallel"
+        )
+
+
+def needed(source, dtype, weights=(None, None)):
+    """How many devices of the kind in use the weights of a checkpoint take; ``weights`` as for :func:`load`.
 
     Raises:
         DeviceError: there are not so many.
@@ -75,7 +87,7 @@ def needed(source, dtype):
     if device.is_cpu():
         return 1  # whose memory all ranks share
     size = 4 if device.resolve_dtype(dtype) == "float32" else 2
-    weights, memory = sum(source.dtypes.values()) * size * _ROOM, device.total_memory()
+    weights, memory = weight_bytes(source.config.weight_table(), size, *weights) * _ROOM, device.total_memory()
     if memory is None:
         raise DeviceError("tensor_parallel 'auto' needs to know a device's memory, which this one does not tell: give a number")
     least = math.ceil(weights / memory)
@@ -91,11 +103,11 @@ def needed(source, dtype):
     )
 
 
-def _loaded(cls, source, dtype, keep, group):
+def _loaded(cls, source, dtype, keep, group, weights):
     with paddle.LazyGuard():
         model = cls(source.config)
         divide(model, group)
-    load_checkpoint(model, source, dtype, keep, model.division.share)
+    load_quantised(model, source, dtype, keep, *weights, shares=model.division.share)
     model.eval()
     model.source = source
     return model
@@ -113,7 +125,7 @@ def main():
         cls = getattr(importlib.import_module(module), name)
         group = inbox.join()
         config = InternVLChatConfig.from_pretrained(told["directory"])
-        model = _loaded(cls, Checkpoint(told["directory"], config), told["dtype"], None, group)
+        model = _loaded(cls, Checkpoint(told["directory"], config), told["dtype"], None, group, told["weights"])
     except UserError as error:
         inbox.ready(error)
         sys.exit(1)
