@@ -13,7 +13,7 @@ from paddlemix.errors import ConfigError, ParallelError
 
 from .groups import Group, connect, free_port, limited
 
-__all__ = ["data_group", "tensor_group", "world_group"]
+__all__ = ["data_group", "sharding_groups", "tensor_group", "world_group"]
 
 _PATIENCE = 900  # seconds, as the store that a launcher's processes meet at
 
@@ -54,6 +54,30 @@ def data_group(size):
     """The processes that have the same share of layers as this one where ``size`` divide one, and divide the data."""
     _check(size)
     return world_group() if size == 1 else _group(range(_rank() % size, _world(), size), "data parallel")
+
+
+@functools.cache
+def sharding_groups(size, count):
+    """``(those that divide states with this process, those that have the same share)``, of :func:`data_group` ``(size)``.
+
+    Args:
+        size: how many processes divide a layer.
+        count: how many of the data group divide states, those next to each other in it; 0 or less for all. More than there are
+            count as all.
+
+    Raises:
+        ConfigError: the data group cannot be divided so.
+    """
+    data = data_group(size)
+    if not 0 < count < data.size:
+        return data, Group(0, 1, None, None)
+    if data.size % count:
+        raise ConfigError(
+            f"--sharding_parallel_degree is {count}, but {data.size} processes divide the data: use a number that divides it"
+        )
+    everyone = range(_rank() % size, _world(), size)
+    first = data.rank // count * count
+    return _group(everyone[first : first + count], "sharding"), _group(everyone[data.rank % count :: count], "same shards")
 
 
 def _group(ranks, name):

@@ -32,13 +32,14 @@ class Optimizer:
         args: :class:`~.arguments.PreTrainingArguments`.
         decays: called with a name; whether weight decay applies. By default not to biases and norms.
         rates: called with a name; what the learning rate of that parameter is multiplied by. 1 for all by default.
-        group: the processes that divide the data; None for all.
+        group: the processes that divide the data, or with sharding the states; None for all.
+        replicas: the processes that have the same share of the states, where there are several such groups.
         divided: :class:`~.divided.DividedParameters` where layers are divided over ranks.
     """
 
-    def __init__(self, parameters, args, decays=None, rates=None, group=None, divided=None):
+    def __init__(self, parameters, args, decays=None, rates=None, group=None, divided=None, replicas=None):
         self.parameters, self.divided = parameters, divided
-        self.group = group or world_group()
+        self.group, self.replicas = group or world_group(), replicas
         self.rank, self.world = self.group.rank, self.group.size
         self.stage = int(args.sharding[-1]) if args.sharding and self.world > 1 else 0
         self.clip = args.max_grad_norm
@@ -209,6 +210,8 @@ class Optimizer:
         """Wait for sums that were begun; yield (name, sum), in every process or in the owner with sharding."""
         pending.result()
         if self.stage == 0 or owner == self.rank:
+            if self.replicas is not None:
+                self.replicas.all_reduce(flat)
             for name, part in zip(names, flat.split(sizes)):
                 yield name, part.reshape(self.parameters[name].shape)
 
@@ -287,8 +290,8 @@ class Optimizer:
                     value = master.astype(self.parameters[name].dtype)
                 self.parameters[name].set_value(value)
         if self.stage in (1, 2):
-            for name, p in self.parameters.items():
-                self._arriving[name] = self.group.broadcast_later(p, self.owners[name])
+            for name in dict.fromkeys([*self._outside, *self.parameters]):  # in the order in which they are waited for
+                self._arriving[name] = self.group.broadcast_later(self.parameters[name], self.owners[name])
             if not self._outside:  # nobody waits for them later
                 self.arrive()
 

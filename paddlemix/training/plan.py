@@ -149,7 +149,7 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
         counts: from :func:`parameters`.
         train_args: :class:`~.arguments.PreTrainingArguments`.
         batch: :class:`Batch`.
-        processes: of the whole run.
+        processes: of the whole run, or those that divide states.
         flash: whether attention runs in a kernel that never holds the scores.
         freeze_backbone: whether nothing of the vision tower is trained.
         image_size: side of a tile in pixels.
@@ -385,7 +385,10 @@ def plan(config, model_args, data_args, train_args, processes, kind):
     shares = train_args.tensor_parallel_degree
     own = counts if shares == 1 else _divided(config, model_args, counts, shares)
     few = rounded(config, model_args), model_args.weight_dtype
-    needed = memory(config, own, train_args, batch, processes // shares, flash, frozen, data_args.force_image_size, shares, few)
+    sharded = processes // shares
+    if 0 < train_args.sharding_parallel_degree < sharded:
+        sharded = train_args.sharding_parallel_degree
+    needed = memory(config, own, train_args, batch, sharded, flash, frozen, data_args.force_image_size, shares, few)
     return counts, batch, needed
 
 

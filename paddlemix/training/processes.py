@@ -4,7 +4,7 @@ import json
 
 import paddle.distributed as dist
 
-from paddlemix.parallel.launched import data_group, tensor_group, world_group
+from paddlemix.parallel.launched import data_group, sharding_groups, tensor_group, world_group
 
 
 class Processes:
@@ -14,18 +14,22 @@ class Processes:
 
     Args:
         tensor: how many processes divide a layer.
+        sharding: how many of those that divide the data divide optimiser states and more; 0 or less for all.
 
     Attributes:
         rank, world: number of this process's share of the data and how many shares there are.
         tensor, data, everybody: the :class:`~paddlemix.parallel.groups.Group` of those that divide a layer with this one, of
             those that have the same share of it, and of all.
+        sharded, replicas: of ``data``, the group of those that divide states with this one, and that of its counterparts in the
+            other such groups.
     """
 
-    def __init__(self, tensor=1):
+    def __init__(self, tensor=1, sharding=-1):
         if dist.ParallelEnv().world_size > 1 and not dist.is_initialized():
             dist.init_parallel_env()  # for losses that go over all processes by Paddle's own group
         self.everybody = world_group()
         self.tensor, self.data = tensor_group(tensor), data_group(tensor)
+        self.sharded, self.replicas = sharding_groups(tensor, sharding)
         self.rank, self.world = self.data.rank, self.data.size
 
     @property

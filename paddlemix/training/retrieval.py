@@ -116,7 +116,9 @@ def finetune(model_args, data_args, args):
         UserError: something that was given cannot be used; the sentence says what.
     """
     device.set_device(args.device)
-    processes = Processes()
+    if args.tensor_parallel_degree > 1:
+        raise ConfigError("--tensor_parallel_degree is for chat models: leave it out here")
+    processes = Processes(sharding=args.sharding_parallel_degree)
     checkpoints = Checkpoints(args.output_dir, processes, args.save_total_limit)
     checkpoints.start(args.overwrite_output_dir)
     resumed = args.resume_from_checkpoint or checkpoints.last()

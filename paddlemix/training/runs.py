@@ -62,8 +62,7 @@ def run(trainer, batches, write_model, resumed=None, epoch=None):
                     noted, since = [], time.perf_counter()
                 (stop,) = processes.sum([interrupted()])
                 if stop or due(args.save_strategy, args.save_steps, done, total, lambda at: epoch and at % epoch == 0):
-                    arrays = trainer.optimizer.state() if trainer.optimizer.stage or processes.is_first else None
-                    checkpoints.save(done, write_model, arrays, {})
+                    checkpoints.save(done, write_model, trainer.states(), {})
                 if stop and done < total:
                     log.say(f"interrupted after {done} steps; checkpoint-{done} is complete: the same command goes on")
                     raise SystemExit(143)

@@ -164,16 +164,16 @@ class ShardedWeights:
             self._gather(names)
             self._release(names)
 
-    def whole(self):
-        """``{name: array}`` of all weights in the first process, in the host's memory; None in the others."""
+    def whole(self, here):
+        """``{name: array}`` of all weights in the host's memory where ``here`` is true, else None; all call this."""
         arrays = {}
         self._begin_pass()
         for name, p in self.parameters.items():
             self._gather([name])
-            if self.rank == 0:
+            if here:
                 arrays[name] = p.numpy()
             self._release([name])
-        return arrays if self.rank == 0 else None
+        return arrays if here else None
 
 
 def _in_groups(forward, size):

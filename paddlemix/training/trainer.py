@@ -8,7 +8,6 @@ many. Here a step is the mean over all labelled tokens of the global batch, howe
 import contextlib
 import math
 import os
-import re
 import signal
 import time
 
@@ -32,54 +31,8 @@ from .processes import Processes
 from .recipe import ChatRecipe, PackedRows, training_data, validation_data
 from .recipe import SampledBatches as SampledBatches
 from .recipe import data_options as data_options
+from .schedule import learning_rate, learning_rates
 from .sharding import ShardedWeights
-
-
-def learning_rate(step, total, args):
-    """Learning rate of a step, the first being 0: linear warm-up, then as ``lr_scheduler_type`` says.
-
-    Args:
-        step: steps done before.
-        total: steps of the run.
-        args: :class:`~.arguments.PreTrainingArguments`.
-    """
-    kind, peak = args.lr_scheduler_type, args.learning_rate
-    warmup = args.warmup_steps or math.ceil(args.warmup_ratio * total)
-    if kind == "constant":
-        return peak
-    if step < warmup:
-        return peak * step / warmup
-    progress = (step - warmup) / max(total - warmup, 1)
-    if kind == "constant_with_warmup":
-        return peak
-    if kind == "cosine":
-        return peak * max(0.0, 0.5 * (1 + math.cos(2 * math.pi * args.num_cycles * progress)))
-    if kind == "polynomial":
-        return args.lr_end + (peak - args.lr_end) * (1 - progress) ** args.power
-    return peak * (1 - progress)
-
-
-def learning_rates(args, depth):
-    """What the learning rate of each part is multiplied by: a function from a parameter's name, or None where all are alike.
-
-    Args:
-        args: :class:`~.arguments.PreTrainingArguments`.
-        depth: blocks of the vision tower; every one before the last learns ``vit_layer_decay_rate`` times as fast as the next.
-    """
-    if args.mm_projector_lr is None and args.vit_lr is None and args.vit_layer_decay_rate == 1:
-        return None
-    projector, tower = ((rate or args.learning_rate) / args.learning_rate for rate in (args.mm_projector_lr, args.vit_lr))
-
-    def factor(name):
-        if name.startswith("mlp1."):
-            return projector
-        if not name.startswith("vision_model."):
-            return 1.0
-        block = re.match(r"vision_model\.encoder\.layers\.(\d+)\.", name)
-        behind = depth if block is None else depth - 1 - int(block[1])  # the embedding comes before all blocks
-        return tower * args.vit_layer_decay_rate**behind
-
-    return factor
 
 
 class BatchStats:
@@ -127,7 +80,8 @@ class Trainer:
     def __init__(self, model, parameters, args, processes, total, decays=None, rates=None, objective=None):
         self.model, self.args, self.processes, self.total = model, args, processes, total
         divided = None if getattr(model, "group", None) is None else DividedParameters(model)
-        self.optimizer = Optimizer(parameters, args, decays, rates, processes.data, divided)
+        groups = (processes.sharded, processes.replicas) if processes.sharded.size > 1 else (processes.data, None)
+        self.optimizer = Optimizer(parameters, args, decays, rates, groups[0], divided, groups[1])
         self.weights = ShardedWeights(model, self.optimizer) if self.optimizer.stage == 3 else None
         self.optimizer.watch(model)
         self.half = None if device.is_cpu() else args.half
@@ -241,10 +195,15 @@ class Trainer:
     def save(self, tokenizer, source):
         """Function that writes the model to a directory; all processes call this, and the first one what it returns."""
         self.optimizer.arrive()
-        weights = self.weights and self.weights.whole()
+        weights = self.weights and self.weights.whole(self.processes.rank == 0)
         if self.optimizer.divided is not None:
             weights = whole_parameters(self.model, weights) if self.processes.rank == 0 else None
         return lambda directory: self.write(self.model, tokenizer, directory, source, weights)
+
+    def states(self):
+        """What a checkpoint keeps of the optimiser here; None where another process has the same. All processes call this."""
+        shards = self.optimizer.world if self.optimizer.stage else 1
+        return self.optimizer.state() if self.processes.rank < shards else None
 
 
 def due(strategy, every, done, total, epoch_ends):
@@ -295,7 +254,7 @@ def finetune(model_args, data_args, args, recipe=None, scorer=None):
             "weights in few bits (--load_4bit, --load_8bit, --bits) are whole in each process: leave out "
             "--tensor_parallel_degree, and use stage2 instead of stage3"
         )
-    processes = Processes(args.tensor_parallel_degree)
+    processes = Processes(args.tensor_parallel_degree, args.sharding_parallel_degree)
     checkpoints = Checkpoints(args.output_dir, processes, args.save_total_limit)
     checkpoints.start(args.overwrite_output_dir)
     resumed = args.resume_from_checkpoint or checkpoints.last()
@@ -353,8 +312,8 @@ def _owned(model_args, processes):
     """For :func:`build_model`: keeps what this process owns with stage 3."""
 
     def keep(config):
-        owners = deal(parameters(config, model_args), processes.world)
-        return lambda name: owners[name] == processes.rank
+        owners = deal(parameters(config, model_args), processes.sharded.size)
+        return lambda name: owners[name] == processes.sharded.rank
 
     return keep
 
@@ -513,9 +472,7 @@ class _Run:
             self.checkpoints.save_best(self.trainer.save(*self.origin), {"metric": metric, "value": value, "step": done})
 
     def _save(self, done):
-        optimizer = self.trainer.optimizer
-        arrays = optimizer.state() if optimizer.stage or self.processes.rank == 0 else None
-        write = self.trainer.save(*self.origin)
+        arrays, write = self.trainer.states(), self.trainer.save(*self.origin)
         state = {**self.data.state(), "objective": self.trainer.objective.state()}
         self.checkpoints.save(done, write, arrays, state)
         self._reset()

@@ -55,6 +55,7 @@ PACKED = "--use_packed_ds True --max_packed_tokens 200 --max_seq_length 200 --nu
 MIXTURE = REFERENCE / "internvl3" / "qwen3_moe" / "checkpoint"
 EXPERTS = f"--model_name_or_path {MIXTURE} --conv_style internvl2_5 --force_image_size "
 EXPERTS += str(json.loads((MIXTURE / "config.json").read_text())["force_image_size"])
+SINGLE, FOUR = "--per_device_train_batch_size 1", "--gradient_accumulation_steps 4 --per_device_train_batch_size 1"
 CASES = {
     # processes, of which divide a layer; flags; those that differ in one process; how far losses may be apart
     "tp2": (2, 2, "", "", 1e-5),
@@ -68,6 +69,11 @@ CASES = {
     "packing": (2, 2, PACKED, "", 1e-5),
     "recompute with the tower": (2, 2, "--recompute True --freeze_backbone False", "", 1e-5),
     "experts": (2, 2, EXPERTS, "", 1e-5),
+    "experts over four": (4, 4, EXPERTS, "", 1e-5),
+    # States divided over two of four processes, and twice there.
+    "two stage1 of two": (4, 1, f"{SINGLE} --sharding_parallel_degree 2 --sharding stage1", FOUR, 1e-4),
+    "two stage2 of two": (4, 1, f"{SINGLE} --sharding_parallel_degree 2 --sharding stage2", FOUR, 1e-4),
+    "two stage3 of two": (4, 1, f"{SINGLE} --sharding_parallel_degree 2 --sharding stage3", FOUR, 1e-4),
 }
 
 
@@ -90,42 +96,54 @@ def test_losses_are_those_of_one_process(tmp_path, case):
     assert all(ours[name].shape == theirs[name].shape for name in ours)
 
 
-def test_a_killed_run_goes_on_with_equal_losses_over_any_number_of_ranks(tmp_path):
+DATA_PARALLEL = ("--per_device_train_batch_size", "1")  # two of them have the batch of one
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "flags",
+    [("--tensor_parallel_degree", "2"), DATA_PARALLEL, (*DATA_PARALLEL, "--sharding", "stage3")],
+    ids=["tensor", "data", "stage3"],
+)
+def test_a_killed_run_goes_on_with_equal_losses_over_any_number_of_ranks(tmp_path, flags, victim):
     """SIGKILL to either rank: all end; the last checkpoint goes on over two ranks, and over one."""
-    saving = ("--save_strategy", "steps", "--save_steps", "4")
-    run_many(tmp_path, 2, *saving, "--tensor_parallel_degree", "2", output="whole")
+    saving = ("--save_strategy", "steps", "--save_steps", "4", "--lr_scheduler_type", "constant")
+    run_many(tmp_path, 2, *saving, *flags, output="whole")
     whole = losses(tmp_path, "whole")
-    for victim, tensor in ((0, 1), (1, 2)):
-        output = f"killed-{victim}"
-        process = start(tmp_path, 2, *saving, "--tensor_parallel_degree", "2", "--max_steps", "2000", output=output)
+    for output, again in (("two", 2), ("one", 1)):
+        process = start(tmp_path, 2, *saving, *flags, "--max_steps", "2000", output=output)
         folder = tmp_path / output
         deadline = time.monotonic() + 120
         while not (folder / "checkpoint-4").is_dir() and time.monotonic() < deadline:
             time.sleep(0.05)
-        ranks = _ranks_of(process.pid)
+        ranks = ranks_of(folder)
         os.kill(ranks[victim], signal.SIGKILL)
+        began = time.monotonic()
         process.communicate(timeout=60)
-        assert process.returncode != 0 and not any(os.path.exists(f"/proc/{pid}") for pid in ranks.values())
+        assert process.returncode != 0 and time.monotonic() - began < 30
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in ranks.values())
+        other = (tmp_path / "logs" / f"workerlog.{1 - victim}").read_text()
+        told = [line for line in other.splitlines() if line.startswith("error: ")]
+        assert len(told) == 1 and f"rank {victim} (process {ranks[victim]}) has ended" in told[0], other
         for path in folder.glob("checkpoint-*"):
             if path.name != "checkpoint-4":
                 shutil.rmtree(path)
-        if tensor == 1:
+        if again == 1:
             run(tmp_path, *COMMON, *saving, output=output)
         else:
-            run_many(tmp_path, 2, *saving, "--tensor_parallel_degree", "2", output=output)
+            run_many(tmp_path, 2, *saving, *flags, output=output)
         assert list(losses(tmp_path, output).values()) == pytest.approx(list(whole.values()), rel=1e-5)
 
 
-def _ranks_of(launcher):
-    """Process of each rank that a launcher has started."""
+def ranks_of(folder):
+    """Process of each rank of a run that writes to ``folder``."""
     found = {}
-    for name in os.listdir("/proc"):
+    for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            variables = open(f"/proc/{name}/environ", "rb").read().split(b"\0") if name.isdigit() else []
-            parent = int(open(f"/proc/{name}/stat").read().rpartition(")")[2].split()[1]) if name.isdigit() else 0
+            variables, words = (open(f"/proc/{name}/{part}", "rb").read().split(b"\0") for part in ("environ", "cmdline"))
         except OSError:
             continue
         rank = next((v[18:] for v in variables if v.startswith(b"PADDLE_TRAINER_ID=")), None)
-        if rank is not None and parent == launcher:
+        if rank is not None and str(folder).encode() in words:
             found[int(rank)] = int(name)
     return found
