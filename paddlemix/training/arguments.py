@@ -184,7 +184,9 @@ class PreTrainingArguments:
         "divide over processes: optimizer states (stage1), gradients too (stage2), and weights too (stage3, with --recompute)",
         ("", "stage1", "stage2", "stage3"),
     )
-    sharding_parallel_degree: int = _arg(-1, "processes to divide over: all")
+    sharding_parallel_degree: int = _arg(
+        -1, "of the processes that divide the data, how many divide states with --sharding: all"
+    )
     offload_optim: bool = _arg(False, "keep master weights and moments in the host's memory, and update there")
     overlap_communication: bool = _arg(True, "send gradients and weights while something is computed")
     tensor_parallel_degree: int = _arg(1, "processes that divide every layer; those of one share of the data")
@@ -230,13 +232,13 @@ class PreTrainingArguments:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name} is {getattr(self, name)}: it must be at least 1")
         self.tensor_parallel_degree = max(1, self.tensor_parallel_degree)
-        if self.eval_tasks and self.tensor_parallel_degree > 1:
-            raise ConfigError("--eval_tasks asks whole models: leave out --tensor_parallel_degree, or evaluate afterwards")
         if self.expert_parallel_degree not in (-1, 0, 1, self.tensor_parallel_degree):
             raise ConfigError(
                 f"--expert_parallel_degree is {self.expert_parallel_degree}: experts are dealt over the ranks that divide the "
                 "other layers, so set --tensor_parallel_degree and leave it out"
             )
+        if not self.sharding:
+            self.sharding_parallel_degree = -1
         if self.sharding == "stage3":
             self.recompute = True  # the weights of a block are gone by the time of its backward pass
         if not 0 <= self.warmup_ratio <= 1:

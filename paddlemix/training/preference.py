@@ -331,7 +331,6 @@ class PreferenceRecipe(ChatRecipe):
     encoder, collator = PreferenceEncoder, PairCollator
     parse = staticmethod(parse_preference)
     skip, drawn = True, True
-    divides_layers = False
 
     def __init__(self, model_args, preference):
         self.model_args, self.preference, self._validates = model_args, preference, False
@@ -351,8 +350,10 @@ class PreferenceRecipe(ChatRecipe):
         store = None
         if self.preference.precompute_reference:
             store = ReferenceStore(other or self.model_args.model_name_or_path)
-        loss = self._loss(processes.sum)
-        return PreferenceObjective(loss, Reference(model, start), self.preference.rpo_alpha, store, self._validates)
+        reference = Reference(model, start)
+        (differ,) = processes.sum([not reference.shares_vision])  # each process has seen a part of the weights at most
+        reference.shares_vision = not differ
+        return PreferenceObjective(self._loss(processes.sum), reference, self.preference.rpo_alpha, store, self._validates)
 
     def validation(self, model, tokenizer, data_args, seed):
         """See :meth:`ChatRecipe.validation`."""
@@ -380,9 +381,9 @@ def _start(model, name, learned_alone):
     if name is None:
         raise ConfigError("the reference of a resumed run is its start, which was put together: name it by --reference_model")
     here = {key for key, parameter in model.named_parameters() if parameter._is_initialized()}  # not all with stage 3
-    dtype = str(model.mlp1["1"].weight.dtype).removeprefix("paddle.")
+    dtype, ranks = str(model.mlp1["1"].weight.dtype).removeprefix("paddle."), model.group or 1
     bits = {"weight_dtype": model.weight_dtype, "learning": True} if model.quantised_layers else {}
-    start = type(model).from_pretrained(name, dtype=dtype, engine="eager", **bits)
+    start = type(model).from_pretrained(name, dtype=dtype, engine="eager", tensor_parallel=ranks, **bits)
     same_adapters = all(
         getattr(start.config, key) == getattr(model.config, key) for key in ("use_llm_lora", "use_backbone_lora")
     )

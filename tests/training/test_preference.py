@@ -1,6 +1,7 @@
 """Losses, ids, metrics and three steps of MPO equal the original's (tests/data/reference/mpo)."""
 
 import json
+import shutil
 
 import numpy as np
 import paddle
@@ -321,7 +322,6 @@ def test_command_and_resume(tmp_path):
     assert whole[0]["rewards/chosen"] == whole[0]["rewards/margins"] == 0  # the policy is the reference
     assert whole[-1]["rewards/margins"] > 0
     (tmp_path / "cut").mkdir()
-    import shutil
 
     shutil.copytree(tmp_path / "whole/checkpoint-2", tmp_path / "cut/checkpoint-2")
     rest = run(tmp_path, tmp_path / "cut", *flags, "--max_steps", 4)
@@ -401,6 +401,22 @@ def test_stage3_equals_one_process(tmp_path, flags):
     (first, *_), (other, *_) = ([row for row in rows if "eval_loss" in row] for rows in evaluated)
     for name in ("eval_loss", "eval_rewards/margins", "eval_logps/chosen", "eval_nll_loss"):
         assert other[name] == pytest.approx(first[name], rel=5e-5, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [[], ["--precompute_reference"], ["--use_llm_lora", 4, "--freeze_llm", "True", "--lora_dropout", 0]]
+)
+def test_layers_divided_over_two_processes_equal_one(tmp_path, flags):
+    """Those of policy and reference, which a resumed run reads again as the start."""
+    write_pairs(tmp_path)
+    flags = ["--per_device_train_batch_size", 2, "--max_steps", 4, "--save_steps", 2, *flags]
+    one = run(tmp_path, tmp_path / "one", *flags)
+    two = run(tmp_path, tmp_path / "two", "--devices", 2, "--tensor_parallel_degree", 2, *flags)
+    assert_same(two, one, 5e-5)
+    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
+    again = run(tmp_path, tmp_path / "two", "--devices", 2, "--tensor_parallel_degree", 2, *flags)
+    assert_same(again[-2:], one[2:], 5e-5)
 
 
 @pytest.mark.slow

@@ -139,11 +139,11 @@ def test_what_cannot_be_scored_is_told_before_the_first_step(tmp_path, more, err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharding", ["", "stage3"])
-def test_two_processes_answer_as_one_does(tmp_path, data, sharding):
-    """With stage 3 every block has its weights only while it runs."""
+@pytest.mark.parametrize("more", [(), ("--sharding", "stage3"), ("--tensor_parallel_degree", "2")])
+def test_two_processes_answer_as_one_does(tmp_path, data, more):
+    """With stage 3 every block has its weights only while it runs; where layers are divided, both ask everything."""
     common = evaluated(data, "--learning_rate", "0", "--max_steps", "1", "--eval_steps", "1", "--eval_limit", "3")
-    run_two(tmp_path, *common, "--sharding", sharding)
+    run_two(tmp_path, *common, *more)
     main(flags(tmp_path, *common, output="one"))
     expected = answers(tmp_path / "one", 1)
     assert len(expected) == 3 and answers(tmp_path / "out", 1) == expected
