@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -94,12 +95,26 @@ def test_chat_commands(npu, command, flags):
     assert len(answers["cpu"]) > 10
 
 
+def test_chat_over_two_devices(npu):
+    """Every layer divided over two, by the command, and each of the reference's chats in one launch."""
+    flags = ["--image_path", IMAGES / "scene_1.png", "--text", "Please describe this picture.", "--dtype", "float32"]
+    over = ["--device", "npu", "--tensor_parallel", "2"]
+    answers = [run([COMMANDS / "chat_demo.py", *flags, *more], npu)[0] for more in (over, ["--device", "cpu"])]
+    assert answers[0] == answers[1] and len(answers[0]) > 10
+    for family in ("qwen2", "internlm2", "llama_vit6b", "phi3", "internvl3/qwen3_moe", "internvl3/gpt_oss"):
+        stdout, _ = run(["-m", "tests.models.internvl2.over_two_devices", family, "npu"], npu)
+        found = json.loads(re.search(r"^@(.*)$", stdout, re.MULTILINE)[1])
+        original = json.loads((REFERENCE / family / "expected.json").read_text(encoding="utf-8"))
+        assert found["places"] == ["Place(npu:0)"]
+        assert found["tokens"] == [chat["output_ids"] for chat in original["chats"]], family
+
+
 TRAIN = COMMANDS / "shell" / "internvl2.0" / "2nd_finetune" / "internvl2_1b_qwen2_0_5b_dynamic_res_2nd_finetune_full.sh"
 TRAIN_FLAGS = "--force_image_size 112 --max_dynamic_patch 3 --max_steps 5 --learning_rate 2e-3 --dataloader_num_workers 0"
 TRAIN_FLAGS += " --report_to none --save_strategy no --disable_tqdm True"
 
 
-def train(folder, device, gpus, *flags):
+def train(folder, device, gpus, *flags, **variables):
     """Run a shell script of fine-tuning; returns losses by step and ``{name: array}`` of what it saved.
 
     The settings of tools/npu/env.sh are left to the script.
@@ -108,7 +123,7 @@ def train(folder, device, gpus, *flags):
     environment |= {"DEVICE": device, "GPUS": str(gpus), "BATCH_SIZE": "4", "PER_DEVICE_BATCH_SIZE": "1", "PRECISION": "fp32"}
     environment |= {"MODEL": str(REFERENCE / "qwen2" / "checkpoint"), "META": str(write_meta(folder, RECORDS))}
     environment |= {"OUTPUT_DIR": str(folder / "out"), "PYTHON": sys.executable}
-    environment |= {"CUSTOM_DEVICE_ROOT": str(folder.parent / "npu")}
+    environment |= {"CUSTOM_DEVICE_ROOT": str(folder.parent / "npu"), **variables}
     command = ["sh", str(TRAIN), *TRAIN_FLAGS.split(), *flags]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -124,17 +139,51 @@ def cpu_training(npu, tmp_path_factory):
     return train(folder, "cpu", 1)
 
 
-@pytest.mark.parametrize("gpus, sharding", [(1, "stage1"), (2, ""), (2, "stage2"), (2, "stage3")])
-def test_fine_tuning_by_the_scripts(npu, cpu_training, tmp_path_factory, gpus, sharding):
-    folder = tmp_path_factory.getbasetemp() / f"{gpus}{sharding}"
+@pytest.mark.parametrize(
+    "gpus, sharding, ranks", [(1, "stage1", 1), (2, "", 1), (2, "stage2", 1), (2, "stage3", 1), (2, "", 2)]
+)
+def test_fine_tuning_by_the_scripts(npu, cpu_training, tmp_path_factory, gpus, sharding, ranks):
+    folder = tmp_path_factory.getbasetemp() / f"{gpus}{sharding}{ranks}"
     folder.mkdir()
-    found, weights = train(folder, "npu", gpus, "--sharding", sharding)
+    found, weights = train(folder, "npu", gpus, "--sharding", sharding, TENSOR_PARALLEL=str(ranks))
     losses, expected = cpu_training
     assert found == pytest.approx(losses, rel=1e-5) and len(found) == 5
     assert found[5] < 0.9 * found[1]
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         assert np.abs(weights[name] - value).max() < 1e-4, name
+
+
+HUNG = """
+import sys, time
+import paddle
+from paddlemix import device
+from paddlemix.errors import command_main
+from paddlemix.parallel.groups import now_doing
+from paddlemix.parallel.launched import world_group
+device.set_device("npu")
+group = world_group()
+def main():
+    for step in range(1, 4):
+        now_doing(f"step {step}")
+        if step == 3 and group.rank == 1:
+            time.sleep(300)
+        group.all_reduce(paddle.ones([4])).numpy()
+command_main(main)()
+"""
+
+
+def test_a_collective_that_hangs_ends_the_run_with_step_and_name(npu, tmp_path):
+    (tmp_path / "hung.py").write_text(HUNG)
+    launcher = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", tmp_path / "logs", tmp_path / "hung.py"]
+    environment = {**npu, "PADDLEMIX_COLLECTIVE_TIMEOUT": "5", "PYTHONPATH": str(ROOT)}
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, *map(str, launcher)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and time.monotonic() - began < 90
+    (told,) = re.findall(r"^error: .*$", (tmp_path / "logs" / "workerlog.0").read_text(), re.MULTILINE)
+    assert re.match(r"error: step 3: all_reduce among all processes timed out after \d+ seconds: another rank hangs", told), (
+        told
+    )
 
 
 def test_choices_are_told(npu):

@@ -29,7 +29,7 @@ def start(folder, *more, script=SCRIPT, **options):
     shutil.rmtree(log_dir, ignore_errors=True)  # the launcher appends
     launcher = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2", "--log_dir", str(log_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    arguments = [*launcher, script, *(flags(folder, *more, **options) if script == SCRIPT else ())]
+    arguments = [*launcher, script, *(flags(folder, *more, **options) if script == SCRIPT else more)]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

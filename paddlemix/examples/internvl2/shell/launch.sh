@@ -94,7 +94,11 @@ launch() {
     fi
 
     # Each process writes its log to a file of its own; the first one's also goes to the terminal.
-    set -- --run_mode collective --log_dir "$OUTPUT_DIR/launch_logs" "$trainer" "$@"
+    logs=$OUTPUT_DIR/launch_logs
+    if [ "$NODES" -gt 1 ]; then # which may share this folder
+        logs=$logs/${NODE_RANK:+node}${NODE_RANK:-$(uname -n)}
+    fi
+    set -- --run_mode collective --log_dir "$logs" "$trainer" "$@"
     if [ "$NODES" -gt 1 ]; then
         [ -n "${MASTER:-}" ] || fail "NODES=$NODES needs MASTER=host:port, the same on every machine"
         set -- --nnodes "$NODES" --master "$MASTER" --rank "${NODE_RANK:--1}" "$@"
