@@ -1,9 +1,10 @@
-"""The cache of weights that were rounded to few bits: what took seconds once is mapped the next time.
+"""The cache of weights that were rounded to few bits, or packed for the CPU's kernels: what took seconds is mapped next time.
 
-An entry is a folder of the user's cache, ``paddlemix/packed/KEY``, with a safetensors file in the layout of :mod:`~.packed` and
-``entry.json``. The key is made of the checkpoint's files (:func:`~.files.fingerprint`), what was asked for, and the layout's
-version. All entries together have at most 20 GB; those that were not used for longest go first. ``PADDLEMIX_CACHE=off`` neither
-reads nor writes. An entry that is not what was written is made anew.
+An entry is a folder of the user's cache, ``paddlemix/packed/KEY``, with ``entry.json`` and a safetensors file in the layout of
+:mod:`~.packed`; or, of packed weights, ``weights.bin``, one after the other as the kernels have them, each from a new page on.
+The key is made of the checkpoint's files (:func:`~.files.fingerprint`), what was asked for, and the layout's version. All
+entries together have at most 20 GB; those that were not used for longest go first. ``PADDLEMIX_CACHE=off`` neither reads nor
+writes. An entry that is not what was written is made anew.
 """
 
 import contextlib
@@ -33,6 +34,7 @@ VERSION = 1  # of the layout
 MOST_BYTES = 20 << 30
 WORTHWHILE = 16 << 20  # bytes of weights below which rounding is as quick as the cache
 _SAMPLES = 64
+_BLOBS, _PAGE = "weights.bin", 4096
 
 _log = logging.getLogger(__name__)
 
@@ -112,7 +114,20 @@ def store_later(key, weights):
 
 
 def _store(entry, weights):
-    size = sum(weight.nbytes for weight in weights.values())
+    def write(target):
+        tensors = [
+            OutgoingTensor(key, dtype, array.shape, lambda array=array: [np.ascontiguousarray(array)])
+            for name, weight in weights.items()
+            for key, dtype, array in outgoing(name, weight)
+        ]
+        write_safetensors(str(target), tensors, {"format": "pt"}, MOST_BYTES)
+        return {"digest": _digest(str(target / "model.safetensors"))}
+
+    _add(entry, sum(weight.nbytes for weight in weights.values()), write)
+
+
+def _add(entry, size, write):
+    """Add an entry of ``size`` bytes; ``write(folder)`` writes its file and gives what ``entry.json`` says of it."""
     with contextlib.suppress(OSError, CheckpointError):  # a full disk costs nothing but the next load's time
         entry.parent.mkdir(parents=True, exist_ok=True)
         if size > MOST_BYTES or shutil.disk_usage(entry.parent).free < 2 * size:
@@ -120,15 +135,66 @@ def _store(entry, weights):
         make_room(size)
         with tempfile.TemporaryDirectory(prefix=".writing-", dir=entry.parent) as room:
             target = Path(room, "entry")
-            tensors = [
-                OutgoingTensor(key, dtype, array.shape, lambda array=array: [np.ascontiguousarray(array)])
-                for name, weight in weights.items()
-                for key, dtype, array in outgoing(name, weight)
-            ]
-            write_safetensors(str(target), tensors, {"format": "pt"}, MOST_BYTES)
-            written = {"digest": _digest(str(target / "model.safetensors")), "made": int(time.time()), "version": VERSION}
+            target.mkdir()
+            written = {**write(target), "made": int(time.time()), "version": VERSION}
             (target / "entry.json").write_text(json.dumps(written), encoding="utf-8")
             os.rename(target, entry)  # fails where another process was quicker, which is as well
+
+
+def find_blobs(key):
+    """The arrays of an entry of packed weights, mapped, uint8 each and in order; None where there is none that is whole."""
+    entry = _entry(key) if enabled() else None
+    if entry is None or not entry.exists():
+        return None
+    try:
+        known, path = read_json(str(entry / "entry.json"), CheckpointError), str(entry / _BLOBS)
+        sizes = known.get("sizes")
+        if not isinstance(sizes, list) or not all(type(size) is int and 0 < size <= MOST_BYTES for size in sizes):
+            raise CheckpointError(f"{path}: nobody knows its parts")
+        with open_regular(path) as file:
+            whole = os.fstat(file.fileno()).st_size
+            if whole != sum(map(_pages, sizes)) or known.get("digest") != _digest(path):
+                raise CheckpointError(f"{path} is not what was written")
+            content = np.asarray(np.memmap(file, np.uint8, "r"))
+        os.utime(entry)
+    except (OSError, UserError, ValueError) as error:
+        _log.warning("the cache's entry %s is damaged and made anew: %s", key, error)
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+    starts = np.cumsum([0, *map(_pages, sizes)])
+    return [content[start : start + size] for start, size in zip(starts, sizes)]
+
+
+def store_blobs_later(key, layers):
+    """Write an entry of packed weights in the background; the program does not end before it is there.
+
+    Args:
+        key: of :func:`key_of`.
+        layers: what has ``packed``, a uint8 array; all are kept until they are written.
+
+    Returns:
+        The thread, or None where it is not worth it.
+    """
+    entry = _entry(key)
+    size = sum(_pages(layer.packed.nbytes) for layer in layers)
+    if not enabled() or entry is None or size < WORTHWHILE:
+        return None
+
+    def write(target):
+        with open(target / _BLOBS, "wb") as file:
+            for layer in layers:
+                file.write(layer.packed)
+                file.write(bytes(_pages(layer.packed.nbytes) - layer.packed.nbytes))
+        return {"digest": _digest(str(target / _BLOBS)), "sizes": [layer.packed.nbytes for layer in layers]}
+
+    thread = threading.Thread(target=_add, args=(entry, size, write), name="cache")
+    thread.start()
+    return thread
+
+
+def _pages(size):
+    """``size`` up to the end of its last page."""
+    return -(-size // _PAGE) * _PAGE
 
 
 def entries():
@@ -185,7 +251,9 @@ def _digest(path):
 @command_main
 def main(argv=None):
     """The command line."""
-    parser = Parser(description="Show or clear the cache of weights that were rounded to 8 and 4 bits.")
+    parser = Parser(
+        description="Show or clear the cache of weights that were rounded to 8 and 4 bits, or packed for the CPU's kernels."
+    )
     parser.add_argument("--clear", action="store_true", help="remove all entries")
     args = parser.parse_args(argv)
     if args.clear:

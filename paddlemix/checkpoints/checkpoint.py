@@ -156,7 +156,7 @@ def aligned_empty(shape, dtype, alignment=64):
     return buffer[start : start + size].view(dtype).reshape(shape)
 
 
-def load_checkpoint(model, directory, dtype, keep=None, shares=None):
+def load_checkpoint(model, directory, dtype, keep=None, shares=None, skip=()):
     """Give a model the weights of a checkpoint, in either layout.
 
     Args:
@@ -167,13 +167,14 @@ def load_checkpoint(model, directory, dtype, keep=None, shares=None):
         keep: called with a parameter's name; where it is False the parameter gets shape and dtype alone, for training that
             divides weights over processes. None keeps all.
         shares: see :func:`read_parameters`.
+        skip: names of parameters that stay without values.
 
     Raises:
         CheckpointError: see :func:`read_parameters`.
     """
     parameters, quantised = model.state_dict(), getattr(model, "quantised_layers", {})
     there = {name for name, layer in quantised.items() if layer.quantised is not None}  # from the cache
-    for name, array in read_parameters(model.config, directory, dtype, quantised, there, shares):
+    for name, array in read_parameters(model.config, directory, dtype, quantised, there.union(skip), shares):
         if name in quantised:
             quantised[name].take(array)
             continue

@@ -16,9 +16,10 @@ struct Linear {
   void* md = nullptr;
   void* data = nullptr;
   float* bias = nullptr;
+  bool owned = true;
   ~Linear() {
     if (md) dnnl_memory_desc_destroy(md);
-    std::free(data);
+    if (owned) std::free(data);
     delete[] bias;
   }
 };
@@ -200,8 +201,11 @@ void rotate_rows(const float* qkv, const float* cosines, const float* sines, int
 // Each function returns null, or what went wrong.
 extern "C" {
 
+// weight [k, n]; or, where `packed` bytes are not 0, what linear_memory() told of the same shape on such a machine, which stays
+// where it is.
 const char* linear_create(int threads, const void* weight, int weight_type, int64_t k, int64_t n, int64_t row_stride,
-                          int64_t column_stride, const float* bias, int dtype, Linear** result, char* implementation) {
+                          int64_t column_stride, const float* bias, int dtype, int64_t packed, Linear** result,
+                          char* implementation) {
   return guarded(threads, [&] {
     Linear* linear = new Linear{k, n, dtype};
     *result = linear;
@@ -220,6 +224,13 @@ const char* linear_create(int threads, const void* weight, int weight_type, int6
     dnnl_memory_desc_destroy(any), dnnl_memory_desc_destroy(src), dnnl_memory_desc_destroy(dst);
 
     const size_t size = dnnl_memory_desc_get_size(linear->md), page = size < 1 << 21 ? 1 << 12 : 1 << 21;
+    if (bias) linear->bias = static_cast<float*>(std::memcpy(new float[n], bias, n * sizeof(float)));
+    if (packed) {
+      dnnl_primitive_attr_destroy(attr);
+      if (size_t(packed) != size) throw std::runtime_error("packed weights of another size");
+      linear->data = const_cast<void*>(weight), linear->owned = false;
+      return;
+    }
     const size_t bytes = round_up(size, page);
     linear->data = std::aligned_alloc(page, bytes);
     if (!linear->data) throw std::bad_alloc();
@@ -233,8 +244,11 @@ const char* linear_create(int threads, const void* weight, int weight_type, int6
     check(dnnl_primitive_execute(reorder, stream(), 2, args), "reorder");
     dnnl_memory_destroy(from), dnnl_memory_destroy(to), dnnl_memory_desc_destroy(src);
     dnnl_primitive_destroy(reorder), dnnl_primitive_desc_destroy(pd), dnnl_primitive_attr_destroy(attr);
-    if (bias) linear->bias = static_cast<float*>(std::memcpy(new float[n], bias, n * sizeof(float)));
   });
+}
+
+void linear_memory(const Linear* linear, const void** data, int64_t* size) {
+  *data = linear->data, *size = int64_t(dnnl_memory_desc_get_size(linear->md));
 }
 
 void linear_destroy(Linear* linear) { delete linear; }

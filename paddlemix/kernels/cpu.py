@@ -47,7 +47,7 @@ ACTIVATIONS = {None: 0, "gelu_tanh": 43, "silu": 44, "gelu": 49}  # dnnl_alg_kin
 
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "linear_create": [_pointer, _int, *[_long] * 4, _pointer, _int, ctypes.POINTER(_pointer), ctypes.c_char_p],
+    "linear_create": [_pointer, _int, *[_long] * 4, _pointer, _int, _long, ctypes.POINTER(_pointer), ctypes.c_char_p],
     "linear_run": [_pointer, _pointer, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "norm_run": [_pointer, *[_long] * 3, _pointer, _pointer, _float, _pointer],
@@ -129,6 +129,11 @@ def _target():
     return compiler, libraries, user_cache() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
 
 
+def identity():
+    """What decides how weights are packed, beside their shape: library, processor and threads, as a text."""
+    return f"{_target()[2].stem} {num_threads()}"
+
+
 def compiled():
     """Whether the library is there already, so that :func:`available` takes a tenth of a second instead of some seconds."""
     try:
@@ -203,6 +208,7 @@ def _open(path):
         function = getattr(library, name)
         function.argtypes, function.restype = [_int, *arguments], ctypes.c_char_p
     library.linear_destroy.argtypes, library.linear_destroy.restype = [_pointer], None
+    library.linear_memory.argtypes, library.linear_memory.restype = [_pointer, *[ctypes.POINTER(_pointer)], _pointer], None
     return library
 
 
@@ -305,15 +311,48 @@ class PackedLinear:
         source = {paddle.bfloat16: 2, paddle.float32: 3}[weight.dtype]
         rows, columns = weight.shape
         shape, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
+        self._create(weight.data_ptr(), source, shape, strides, bias, dtype)
+
+    @classmethod
+    def mapped(cls, packed, shape, bias=None, dtype="bfloat16"):
+        """A layer whose weights are packed already: a copy of another's :attr:`packed`, which is used where it is.
+
+        Args:
+            packed: ``[bytes]`` uint8 array, at a multiple of 64 bytes, of a layer of this shape and dtype that the same library
+                made for as many threads on a processor with the same instructions.
+            shape: ``(in, out)``.
+            bias, dtype: as above.
+
+        Raises:
+            ValueError: it cannot be of such a layer.
+        """
+        if packed.dtype != np.uint8 or packed.ctypes.data % 64 or not packed.size:
+            raise ValueError("packed weights must be bytes at a multiple of 64")
+        layer = cls.__new__(cls)
+        try:
+            layer._create(packed.ctypes.data, DTYPES[dtype], shape, (shape[1], 1), bias, dtype, packed.size)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+        layer._mapped = packed  # keeps the memory
+        return layer
+
+    def _create(self, address, source, shape, strides, bias, dtype, packed=0):
         self.in_features, self.out_features, self.dtype = *shape, dtype
         self.handle, name = _pointer(), ctypes.create_string_buffer(64)
         bias = None if bias is None else _float32(bias, "bias")
         _call(
-            "linear_create", weight.data_ptr(), source, *shape, *strides, _address(bias), DTYPES[dtype],
+            "linear_create", address, source, *shape, *strides, _address(bias), DTYPES[dtype], packed,
             ctypes.byref(self.handle), name,
         )  # fmt: skip
         self.implementation = name.value.decode()
         weakref.finalize(self, _library().linear_destroy, self.handle)
+
+    @property
+    def packed(self):
+        """The weights as the kernels have them, ``[bytes]`` uint8; valid as long as the layer is."""
+        address, size = _pointer(), _long()
+        _library().linear_memory(self.handle, ctypes.byref(address), ctypes.byref(size))
+        return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), [size.value])
 
     def __call__(self, x, norm=None, activation=None, residual=None):
         """Apply to ``x [..., in]`` float32.

@@ -74,28 +74,31 @@ def choose(engine, dtype, parameters):
     return "eager", device.resolve_dtype(dtype)
 
 
-def fuse(model, dtype):
+def fuse(model, dtype, packs=None):
     """Replace the blocks of an :class:`~.modeling.InternVLChatModel` by fused ones, one at a time.
 
     Args:
         model: in float32 or bfloat16, on CPU; it is changed.
         dtype: of packed weights and products, ``bfloat16`` or ``float32``.
+        packs: :class:`~.packs.Packs` that have the weights packed already, or take them for the next time; None for none.
     """
+    pack = _Packer(dtype, packs)
     vision, language = model.vision_model, model.language_model
     embeddings = vision.embeddings
     embeddings.patch_embedding = _PatchEmbedding(embeddings.patch_embedding, dtype)
     embeddings.to(dtype="float32")
     for stack, fused in ((vision.encoder.layers, _VisionLayer), (language.model.layers, _DecoderLayer)):
         for i in range(len(stack)):
-            stack[i] = fused(stack[i], dtype)
+            stack[i] = fused(stack[i], pack)
     if len(model.mlp1):
-        model.mlp1 = _Projector(model.mlp1, dtype)
+        model.mlp1 = _Projector(model.mlp1, pack)
     for name in ("mlp2", "pooling_before_gating", "gating"):  # small, and plain
         if hasattr(model, name):
             getattr(model, name).to(dtype="float32")
-    language.lm_head = _Linear(language.lm_head, dtype)  # may be the embedding, which is then there twice: packed and not
+    language.lm_head = _Linear(language.lm_head, pack)  # may be the embedding, which is then there twice: packed and not
     if not isinstance(language.model.embed_tokens, QuantisedEmbedding):
-        language.model.embed_tokens = _Embedding(language.model.embed_tokens)
+        rows = None if packs is None else packs.embeddings
+        language.model.embed_tokens = _Embedding(language.model.embed_tokens) if rows is None else _MappedEmbedding(rows, dtype)
     language.model.norm = _Norm(language.model.norm)
     if getattr(language, "cache_dtype", None) != INT8:
         language.cache_dtype = dtype  # attention rounds keys and values to it anyway
@@ -113,18 +116,39 @@ def _norm(layer):
     return kernels.Norm(layer.weight.astype("float32"), None if bias is None else bias.astype("float32"), eps)
 
 
-def _pack(layer, dtype, scale=None, columns=None):
-    """Weights of a linear layer for the kernels; ``scale [out]`` is multiplied in; of ``columns``, a slice, alone if given."""
-    if isinstance(layer, QuantisedLinear):
-        return _pack_quantised(layer, dtype, scale, columns)
-    weight, bias = layer.weight, layer.bias
-    if columns is not None:
-        weight, bias = weight[:, columns], None if bias is None else bias[columns]
-    bias = None if bias is None else bias.astype("float32").contiguous()
-    if scale is not None:
-        scale = scale.astype("float32")
-        weight, bias = weight.astype("float32") * scale, bias * scale
-    return kernels.PackedLinear(weight, bias, dtype)
+class _Packer:
+    """Weights of linear layers for the kernels, in ``dtype``."""
+
+    def __init__(self, dtype, packs=None):
+        self.dtype, self.packs = dtype, packs
+
+    def __call__(self, layer, scale=None, columns=None):
+        """``scale [out]`` is multiplied in; of ``columns``, a slice, alone if given."""
+        if isinstance(layer, QuantisedLinear):
+            return _pack_quantised(layer, self.dtype, scale, columns)
+        if isinstance(layer, TiedHead):
+            outputs, inputs = layer.embedding.weight.shape
+            return self._linear(
+                (inputs, outputs),
+                None,
+                lambda: kernels.PackedLinear(layer.embedding.weight, None, self.dtype, transposed=True),
+            )
+        bias, (inputs, outputs) = layer.bias, layer.weight.shape
+        if columns is not None:
+            bias, outputs = None if bias is None else bias[columns], len(range(*columns.indices(outputs)))
+        bias = None if bias is None else bias.astype("float32").contiguous()
+        if scale is not None:
+            scale = scale.astype("float32")
+            bias = None if bias is None else bias * scale
+
+        def make():
+            weight = layer.weight if columns is None else layer.weight[:, columns]
+            return kernels.PackedLinear(weight if scale is None else weight.astype("float32") * scale, bias, self.dtype)
+
+        return self._linear((inputs, outputs), bias, make)
+
+    def _linear(self, shape, bias, make):
+        return make() if self.packs is None else self.packs.linear(shape, bias, self.dtype, make)
 
 
 def _pack_quantised(layer, dtype, scale, columns):
@@ -147,12 +171,9 @@ class _Norm(nn.Layer):
 
 
 class _Linear(nn.Layer):
-    def __init__(self, layer, dtype):
+    def __init__(self, layer, pack):
         super().__init__()
-        if isinstance(layer, TiedHead):
-            self.linear = kernels.PackedLinear(layer.embedding.weight, None, dtype, transposed=True)
-        else:
-            self.linear = _pack(layer, dtype)
+        self.linear = pack(layer)
 
     def forward(self, x):
         return self.linear(x)
@@ -185,14 +206,29 @@ class _Embedding(nn.Layer):
         return F.embedding(ids, self.weight).astype("float32")
 
 
+class _MappedEmbedding(nn.Layer):
+    """Token embeddings where they lie in the checkpoint's file, ``[V, D]`` float32 or bits of bfloat16."""
+
+    def __init__(self, rows, dtype):
+        super().__init__()
+        self.rows, self.dtype = rows, dtype
+
+    def forward(self, ids):
+        rows = self.rows[ids.numpy()]
+        if rows.dtype == np.uint16:
+            return paddle.to_tensor((rows.astype(np.uint32) << 16).view(np.float32))
+        rows = paddle.to_tensor(rows)
+        return rows.astype(self.dtype).astype("float32") if self.dtype != "float32" else rows
+
+
 class _Projector(nn.Layer):
     """:class:`~.projector.Projector` and :class:`~.projector.MLPProjector`, fused."""
 
-    def __init__(self, layer, dtype):
+    def __init__(self, layer, pack):
         super().__init__()
         norms = [part for part in layer if isinstance(part, nn.LayerNorm)]
         self.norm = _norm(norms[0]) if norms else None
-        self.linears = [_pack(part, dtype) for part in layer if part not in norms]
+        self.linears = [pack(part) for part in layer if part not in norms]
 
     def forward(self, x):
         if len(self.linears) == 2:
@@ -206,14 +242,14 @@ class _Projector(nn.Layer):
 class _VisionLayer(nn.Layer):
     """:class:`~.vision.VisionLayer`, fused; layer scale is part of the weights."""
 
-    def __init__(self, layer, dtype):
+    def __init__(self, layer, pack):
         super().__init__()
         attn, mlp = layer.attn, layer.mlp
-        self.dtype, self.heads = dtype, attn.heads
+        self.dtype, self.heads = pack.dtype, attn.heads
         self.norm1, self.norm2 = _norm(layer.norm1), _norm(layer.norm2)
         self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_normalization else None
-        self.qkv, self.proj = _pack(attn.qkv, dtype), _pack(attn.proj, dtype, layer.ls1)
-        self.fc1, self.fc2 = _pack(mlp.fc1, dtype), _pack(mlp.fc2, dtype, layer.ls2)
+        self.qkv, self.proj = pack(attn.qkv), pack(attn.proj, layer.ls1)
+        self.fc1, self.fc2 = pack(mlp.fc1), pack(mlp.fc2, layer.ls2)
 
     def forward(self, x):
         tiles, tokens, width = x.shape
@@ -229,16 +265,16 @@ class _VisionLayer(nn.Layer):
 class _DecoderLayer(nn.Layer):
     """:class:`~.language.DecoderLayer`, fused."""
 
-    def __init__(self, layer, dtype):
+    def __init__(self, layer, pack):
         super().__init__()
         attn, mlp = layer.self_attn, layer.mlp
-        self.dtype, self.index, (self.heads, self.kv_heads, _) = dtype, attn.index, attn.split
+        self.dtype, self.index, (self.heads, self.kv_heads, _) = pack.dtype, attn.index, attn.split
         self.norm1, self.norm2 = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        self.qkv, self.o = _pack(attn.qkv_proj, dtype), _pack(attn.o_proj, dtype)
+        self.qkv, self.o = pack(attn.qkv_proj), pack(attn.o_proj)
         self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_norm else None
         self.window, self.sinks = attn.window, None if attn.sinks is None else attn.sinks.astype("float32")
         self.is_sparse = layer.is_sparse
-        self.mlp = _Experts(mlp, dtype) if layer.is_sparse else _GatedMLP(mlp, dtype)
+        self.mlp = _Experts(mlp, pack) if layer.is_sparse else _GatedMLP(mlp, pack)
 
     def _stores(self, qkv):
         """Room for the keys and values of ``qkv [B, N, ...]``, where there is no cache."""
@@ -305,13 +341,13 @@ def _together(layers):
 class _GatedMLP:
     """:class:`~.experts.GatedMLP`, fused where its gate is SiLU."""
 
-    def __init__(self, layer, dtype):
+    def __init__(self, layer, pack):
         product, self.limit = layer.gate_up_proj, layer.limit
         hidden = (product.out_features if isinstance(product, QuantisedLinear) else product.weight.shape[1]) // 2
         # gpt-oss has gate and up in turn.
         gate, up = (slice(0, hidden), slice(hidden, None)) if self.limit is None else (slice(0, None, 2), slice(1, None, 2))
-        self.gate, self.up = (_pack(product, dtype, columns=columns) for columns in (gate, up))
-        self.down = _pack(layer.down_proj, dtype)
+        self.gate, self.up = (pack(product, columns=columns) for columns in (gate, up))
+        self.down = pack(layer.down_proj)
 
     def __call__(self, x, norm):
         """``x + mlp(norm(x))``."""
@@ -328,9 +364,9 @@ class _GatedMLP:
 class _Experts:
     """:class:`~.experts.MixtureOfExperts`: all weights packed, and only those read that a token goes through."""
 
-    def __init__(self, layer, dtype):
+    def __init__(self, layer, pack):
         self.router = layer.gate.float()
-        self.experts = [_GatedMLP(expert, dtype) for expert in layer.experts]
+        self.experts = [_GatedMLP(expert, pack) for expert in layer.experts]
 
     def __call__(self, x, norm, with_router=False):
         """``x + mixture(norm(x))``, and the router's logits as :meth:`~.experts.MixtureOfExperts.forward`."""

@@ -244,7 +244,7 @@ def prepare_adapted(model, weight_dtype, dtype, tower="language_model"):
             owner._sub_layers[name] = new
 
 
-def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=None, learning=False, shares=None):
+def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=None, learning=False, shares=None, packed=None):
     """:func:`~paddlemix.checkpoints.checkpoint.load_checkpoint`, with weights in few bits where user or files want that.
 
     A weight is rounded as soon as it is read, so that no two of them are in memory in floating point; where there are adapters
@@ -254,6 +254,8 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
         model, source, dtype, keep, shares: as there.
         weight_dtype, parts: as for :func:`prepare`.
         learning: whether adapters are to learn: then ``weight_dtype`` is of the language model's weights under them.
+        packed: ``packed(bits)`` gives the names of parameters that are not read, as they are packed already, where those of
+            ``bits``, ``{parameter: 8 or 4}``, are in few bits. Not asked where there are adapters.
     """
     check_choice(weight_dtype, parts)
     if learning and source.packed:
@@ -274,12 +276,15 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
         return
     if weight_dtype is not None or source.packed:
         prepare(model, weight_dtype, parts, source.packed)
-    _load(model, source, dtype, keep, shares)
+    skip = ()
+    if packed is not None and not adapted:
+        skip = packed({name: layer.bits for name, layer in model.quantised_layers.items()})
+    _load(model, source, dtype, keep, shares, skip)
     if model.quantised_layers:
         model.packed, model.source = True, source
 
 
-def _load(model, source, dtype, keep, shares=None):
+def _load(model, source, dtype, keep, shares=None, skip=()):
     """:func:`load_checkpoint`, with what is to be rounded from the cache if it is there."""
     layers, key = model.quantised_layers, None
     if layers and not source.packed and shares is None:
@@ -288,7 +293,7 @@ def _load(model, source, dtype, keep, shares=None):
         for name, weight in (found or {}).items():
             layers[name].take(weight)
             key = None
-    load_checkpoint(model, source, dtype, keep, shares)
+    load_checkpoint(model, source, dtype, keep, shares, skip)
     if key is not None:
         cache.store_later(key, {name: layer.quantised for name, layer in layers.items()})
 

@@ -13,6 +13,7 @@ from paddlemix.models.blocks.inputs import checked_pixels
 from paddlemix.models.blocks.layers import count_parameters
 from paddlemix.models.blocks.lora import merge_lora
 from paddlemix.models.blocks.losses import CausalLMOutput, causal_loss, chunked_causal_loss
+from paddlemix.models.blocks.packs import Packs
 from paddlemix.models.blocks.projector import Projector, pixel_shuffle
 from paddlemix.models.blocks.quantising import load_quantised
 from paddlemix.models.blocks.router import CompactProjector, Gate, Pooling, RoutedTiles, decide
@@ -87,11 +88,15 @@ class InternVLChatModel(ChatModel):
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
             model = cls(config)
         engine, dtype = choose(engine, dtype, count_parameters(model))
-        load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts, learning)
+        packs = Packs(model, source, dtype) if engine == "inference" and keep is None else None
+        packed = None if packs is None else packs.look
+        load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts, learning, packed)
         model.eval()
         if engine == "inference":
             merge_lora(model)
-            fuse(model, dtype)
+            fuse(model, dtype, packs)
+            if packs is not None:
+                packs.store_later()
         model.source = source
         return model
 
