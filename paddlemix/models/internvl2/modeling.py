@@ -90,7 +90,7 @@ class InternVLChatModel(ChatModel):
         engine, dtype = choose(engine, dtype, count_parameters(model))
         packs = Packs(model, source, dtype) if engine == "inference" and keep is None else None
         packed = None if packs is None else packs.look
-        load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts, learning, packed)
+        load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts, learning, packed=packed)
         model.eval()
         if engine == "inference":
             merge_lora(model)
