@@ -1,4 +1,4 @@
-"""Prefill and decoding with weights in 8 and 4 bits, beside llama.cpp with Q8_0 and Q4_0 of the same decoder's shapes.
+"""Prefill and decoding in float32 or bfloat16 and in 8 and 4 bits, beside llama.cpp with F32 or BF16, Q8_0 and Q4_0.
 
     make llama                                  a Python with llama-cpp-python and gguf, built with g++ (some 15 minutes)
     python benchmarks/fewbits.py --llama-python .venv/llama/bin/python --save
@@ -23,7 +23,7 @@ from paddlemix.errors import command_main
 from paddlemix.models.internvl2 import InternVLChatConfig
 
 HERE = Path(__file__).resolve().parent
-KINDS = {"plain": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # ours, and llama.cpp's
+KINDS = {"plain": None, "int8": "Q8_0", "int4": "Q4_0"}  # ours, and llama.cpp's; plain: the engine's own dtype
 
 
 def run_ours(spec):
@@ -45,8 +45,11 @@ def run_ours(spec):
     model = InternVLChatModel.from_pretrained(spec["directory"], dtype=dtype, engine="inference", weight_dtype=weights)
     result, llm = {"load": time.perf_counter() - start}, model.language_model
 
+    own = llm.cache_dtype
+
     @paddle.no_grad()
-    def measure(length, rows=1):
+    def measure(length, rows=1, cache=own):
+        llm.cache_dtype = cache
         ids = np.arange(rows * length).reshape([rows, length]) * 7919 % llm.config.vocab_size
         config = GenerationConfig(max_new_tokens=spec["decode"] + 1)
         tokens = generate_tokens(llm, llm.embed(paddle.to_tensor(ids)), config)
@@ -61,8 +64,9 @@ def run_ours(spec):
         prefill, result[f"decode {depth}"] = measure(max(depth, 1))
         if depth:
             result[f"prefill {depth}"] = prefill
-    for rows in spec["batches"]:
-        result[f"decode of {rows} rows"] = measure(64, rows)[1]
+    result[f"decode {depth}, keys and values in 8 bits"] = measure(max(depth, 1), 1, "int8")[1]
+    for rows in (1, *spec["batches"]):
+        result[f"decode of {rows} rows of 64"] = measure(64, rows)[1]
     result["memory"] = machine.peak_memory()
     result["dtype"] = dtype
     print(json.dumps(result))
@@ -120,7 +124,7 @@ def main():
         "--llama-python", default=None, metavar="PYTHON", help="the Python that has llama-cpp-python and gguf; none: ours alone"
     )
     add("--kinds", default=",".join(KINDS), help="comma-separated (default and choice: %(default)s)")
-    add("--depths", default="0,1832", help="positions before decoding (default: %(default)s)")
+    add("--depths", default="0,1832,8000", help="positions before decoding (default: %(default)s)")
     add("--batches", default="8,16", help="rows that are decoded together, of ours (default: %(default)s)")
     add("--decode", type=int, default=32, help="steps (default: %(default)s)")
     add("--repeat", type=int, default=3, help="processes for each side; medians are shown (default: %(default)s)")
@@ -137,6 +141,9 @@ def main():
     config = InternVLChatConfig.from_pretrained(str(directory))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix" / f"gguf-{Path(directory).name}"
     numbers = {"depths": [int(n) for n in options.depths.split(",")], "decode": options.decode, "threads": options.threads}
+    from paddlemix.kernels import cpu
+
+    kinds_there = {**KINDS, "plain": "BF16" if cpu.has_bfloat16() else "F32"}
     others, bandwidth = machine.OtherWork(), machine.read_bandwidth(options.threads)
     runs = {kind: {"ours": [], "llama.cpp": []} for kind in kinds}
     for i in range(options.repeat):
@@ -150,7 +157,7 @@ def main():
             commands = {"ours": [sys.executable, __file__, "--ours", json.dumps(ours)]}
             if options.llama_python:
                 folder.mkdir(parents=True, exist_ok=True)
-                spec = {**numbers, "folder": str(folder), "kind": KINDS[kind], "shapes": shapes_of(config)}
+                spec = {**numbers, "folder": str(folder), "kind": kinds_there[kind], "shapes": shapes_of(config)}
                 commands["llama.cpp"] = [options.llama_python, str(HERE / "llama_cpp_side.py"), json.dumps(spec)]
             for side in list(commands)[:: 1 if i % 2 == 0 else -1]:
                 print(f"{kind} {i + 1}/{options.repeat} {side}", file=sys.stderr)

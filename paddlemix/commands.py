@@ -136,12 +136,17 @@ def add_weight_flags(parser):
         "--quantize_parts", default=None, metavar="PARTS",
         help="which weights: language, projector and vision, with commas between (default: language,projector)",
     )  # fmt: skip
+    parser.add_argument(
+        "--kv_cache_dtype", default="auto", choices=["auto", "int8"],
+        help="keys and values of earlier tokens: int8 takes a third of their memory in float32, on CPU (default: %(default)s)",
+    )  # fmt: skip
 
 
 def weight_options(args):
     """The arguments of ``from_pretrained`` that the flags of :func:`add_weight_flags` stand for."""
     weight_dtype = "int8" if args.load_8bit else "int4" if args.load_4bit else None
-    return {"weight_dtype": weight_dtype, "quantize_parts": args.quantize_parts}
+    more = {} if args.kv_cache_dtype == "auto" else {"kv_cache_dtype": args.kv_cache_dtype}
+    return {"weight_dtype": weight_dtype, "quantize_parts": args.quantize_parts, **more}
 
 
 def _ranks(text):

@@ -38,7 +38,7 @@ def load_model(settings, number=0):
 
         if settings.adapters or settings.scales:
             raise ConfigError(f"{directory} is an InternVL-Chat-LLaVA model: it is evaluated with its own weights alone")
-        weights = {"weight_dtype": settings.weight_dtype, "quantize_parts": settings.quantize_parts}
+        weights = {name: getattr(settings, name) for name in ("weight_dtype", "quantize_parts", "kv_cache_dtype")}
         model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype, **weights)
         return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
     from paddlemix.models.internvl2 import load_tokenizer
@@ -67,6 +67,8 @@ def _internvl(directory, settings):
         from paddlemix.models.minimonkey import MiniMonkeyChatModel as kind
     if settings.weight_dtype:
         more = {"weight_dtype": settings.weight_dtype, "quantize_parts": settings.quantize_parts}
+    if settings.kv_cache_dtype:
+        more["kv_cache_dtype"] = settings.kv_cache_dtype
     if settings.tensor_parallel != 1:
         if settings.scales or settings.adapters:
             raise ConfigError("--tensor_parallel divides InternVL 1.1 to 3.5 with weights of their own: leave it out here")
@@ -75,13 +77,13 @@ def _internvl(directory, settings):
         model = kind.from_pretrained(directory, dtype=settings.dtype, **more)
         model.end_program_with_ranks()
         return model
-    if more:
+    if settings.weight_dtype or settings.tensor_parallel != 1:
         raise ConfigError("--adapter needs plain weights: leave out --load_8bit, or merge the adapters (paddlemix merge-lora)")
     from paddlemix.models.blocks.engine import choose, fuse
     from paddlemix.models.blocks.layers import count_parameters
     from paddlemix.models.blocks.lora import load_adapters, merge_lora
 
-    model = kind.from_pretrained(directory, dtype=settings.dtype, engine="eager")
+    model = kind.from_pretrained(directory, dtype=settings.dtype, engine="eager", **more)
     engine, dtype = choose("auto", settings.dtype, count_parameters(model))
     for folder in settings.adapters:
         load_adapters(model, folder)

@@ -47,6 +47,7 @@ class Settings:
     adapters: tuple = ()
     weight_dtype: str | None = None
     quantize_parts: str | None = None
+    kv_cache_dtype: str | None = None
     scales: str | None = None
     ray: str | None = None
     tensor_parallel: int | str = 1
@@ -157,6 +158,7 @@ def _known(task, settings, found, digest):
         "dtype": settings.dtype,
         "weight_dtype": settings.weight_dtype,
         **({"quantize_parts": settings.quantize_parts} if settings.quantize_parts else {}),
+        **({"kv_cache_dtype": settings.kv_cache_dtype} if settings.kv_cache_dtype else {}),
         "dynamic": settings.dynamic,
         "max_num": settings.max_num or task.max_num,
         "scales": settings.scales,

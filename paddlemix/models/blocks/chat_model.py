@@ -12,6 +12,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from paddlemix import device
 from paddlemix.arrays import host_array
 from paddlemix.checkpoints.checkpoint import save_checkpoint, save_packed
 from paddlemix.errors import ConfigError, PromptError
@@ -19,6 +20,7 @@ from paddlemix.errors import ConfigError, PromptError
 from .experts import balance_loss
 from .generation import GenerationConfig, generate_tokens
 from .inputs import checked_pixels, padding_mask, pixel_tensor, token_ids
+from .kv_cache import INT8
 from .language import LanguageModel
 from .layers import AttentionMask, take_rows
 from .lora import add_adapters
@@ -65,6 +67,20 @@ class ChatModel(nn.Layer):
         if self.quantised_layers:
             raise ConfigError("weights in 8 or 4 bits cannot be trained: load the original checkpoint, without weight_dtype")
         super().train()
+
+    def keep_cache_in(self, dtype):
+        """Keep keys and values of earlier positions in a dtype: ``int8``, or None for that of the engine.
+
+        Raises:
+            ConfigError: it is not known, or not for the device in use.
+        """
+        if dtype is None:
+            return
+        if dtype != INT8:
+            raise ConfigError(f"kv_cache_dtype is '{dtype}': it must be {INT8}, or None for the engine's own")
+        if not device.is_cpu():
+            raise ConfigError("keys and values in 8 bits are for CPU: leave out --kv_cache_dtype here")
+        self.language_model.cache_dtype = INT8
 
     def save_pretrained(self, directory, layout="torch", max_shard_size="5GB"):
         """Write configuration and weights, in the dtype that they were loaded from if it holds them exactly.

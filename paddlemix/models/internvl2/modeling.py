@@ -56,6 +56,7 @@ class InternVLChatModel(ChatModel):
         quantize_parts=None,
         tensor_parallel=1,
         learning=False,
+        kv_cache_dtype=None,
     ):
         """Load a published checkpoint, or one that was saved here.
 
@@ -71,6 +72,7 @@ class InternVLChatModel(ChatModel):
                 follows. :meth:`close` ends the others. Also a :class:`~paddlemix.parallel.groups.Group` of such processes.
             learning: whether the model is to learn: with ``weight_dtype`` adapters alone, and only the language model's weights
                 under these are in few bits.
+            kv_cache_dtype: ``int8`` to keep keys and values in 8 bits, on CPU; None for the engine's own dtype.
 
         Raises:
             ConfigError, CheckpointError: the directory does not hold a complete checkpoint of a supported model.
@@ -83,6 +85,8 @@ class InternVLChatModel(ChatModel):
             from . import ranks  # nobody else pays for it
 
             weights = weight_dtype, quantize_parts
+            if kv_cache_dtype:
+                raise ConfigError("keys and values in 8 bits are not divided: leave out --kv_cache_dtype or --tensor_parallel")
             if (found := ranks.load(cls, source, dtype, engine, keep, tensor_parallel, weights)) is not None:
                 return found
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
@@ -90,6 +94,7 @@ class InternVLChatModel(ChatModel):
         engine, dtype = choose(engine, dtype, count_parameters(model))
         packs = Packs(model, source, dtype) if engine == "inference" and keep is None else None
         packed = None if packs is None else packs.look
+        model.keep_cache_in(kv_cache_dtype)
         load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts, learning, packed=packed)
         model.eval()
         if engine == "inference":

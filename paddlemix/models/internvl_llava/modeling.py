@@ -50,6 +50,7 @@ class LlavaForCausalLM(ChatModel):
         merge=True,
         weight_dtype=None,
         quantize_parts=None,
+        kv_cache_dtype=None,
     ):
         """Load a checkpoint in any of its three forms.
 
@@ -61,7 +62,8 @@ class LlavaForCausalLM(ChatModel):
             engine: ``eager``, ``inference`` or ``auto``; see :mod:`~paddlemix.models.blocks.engine`.
             keep: see :func:`~paddlemix.checkpoints.checkpoint.load_checkpoint`.
             merge: whether adapters become part of the weights.
-            weight_dtype, quantize_parts: as of :meth:`~paddlemix.models.internvl2.InternVLChatModel.from_pretrained`.
+            weight_dtype, quantize_parts, kv_cache_dtype: as of
+                :meth:`~paddlemix.models.internvl2.InternVLChatModel.from_pretrained`.
 
         Raises:
             ConfigError, CheckpointError: files are missing or damaged, or do not belong together.
@@ -93,6 +95,7 @@ class LlavaForCausalLM(ChatModel):
         with paddle.LazyGuard():
             model = cls(stored)
         engine, dtype = choose(engine, dtype, count_parameters(model))
+        model.keep_cache_in(kv_cache_dtype)
         for source in sources:
             files.read_part(model, source, dtype, keep)
         for path in filter(None, (None if form.whole else form.projector, form.others)):
