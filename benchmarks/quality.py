@@ -62,10 +62,8 @@ def main():
         right, before = (100 * sum(good for _, good in each.values()) / len(each) for each in (found, first))
         equal = 100 * sum(found[key][0] == first[key][0] for key in first) / len(first)
         parts = "" if weight_dtype is None else parts or "language,projector"
-        print(
-            f"| {weight_dtype or 'float32'} | {parts} | {cache or 'float32'} | {equal:.1f}% | {right:.2f}% | {before - right:.2f} |",
-            flush=True,
-        )
+        named = f"{weight_dtype or 'float32'} | {parts} | {cache or 'float32'}"
+        print(f"| {named} | {equal:.1f}% | {right:.2f}% | {before - right:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
