@@ -357,7 +357,7 @@ def _watch(group, place, limit):
             ended = task is not None and task.is_completed()
             tells = tells or ended
             seconds = time.monotonic() - began
-            if tells and not ended and seconds > limit:
+            if (task is None or tells and not ended) and seconds > limit:
                 print(f"error: {alive._sentence(name, seconds, None)}", file=sys.stderr, flush=True)
                 os._exit(1)
         del alive

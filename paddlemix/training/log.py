@@ -201,5 +201,5 @@ def summary(model, args, total, processes, dtype, half):
     note = " (Paddle trains in nothing else on CPU)" if args.half and half is None else ""
     return (
         f"{learned / 1e6:,.1f} of {sum(size for size, _ in sizes) / 1e6:,.1f} million parameters learn; {total} steps of "
-        f"{batch} rows on {processes.world} x {device.current()}; weights in {dtype}{under}{computed}{note}"
+        f"{batch} rows on {processes.everybody.size} x {device.current()}; weights in {dtype}{under}{computed}{note}"
     )
