@@ -51,9 +51,13 @@ def tensor_group(size):
 
 @functools.cache
 def data_group(size):
-    """The processes that have the same share of layers as this one where ``size`` divide one, and divide the data."""
+    """The processes that have the same share of layers as this one where ``size`` divide one, and divide the data.
+
+    Also where these are all processes it is a group of its own: numbers that all sum between steps must not wait behind weights
+    that are on their way.
+    """
     _check(size)
-    return world_group() if size == 1 else _group(range(_rank() % size, _world(), size), "data parallel")
+    return _group(range(_rank() % size, _world(), size), "data parallel")
 
 
 @functools.cache
