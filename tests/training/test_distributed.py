@@ -189,7 +189,7 @@ for stage, dtype, master_grad in itertools.product(["", "stage1", "stage2"], ["f
     for (name, p), q in zip(ours.named_parameters(), alone.parameters()):
         difference = float((p.astype("float32") - q).abs().max())
         assert difference < (1e-6 if dtype == "float32" else 2e-2), (stage, dtype, name, difference)
-    values = processes.gather(np.concatenate([p.astype("float32").numpy().ravel() for p in ours.parameters()]))
+    values = processes.gather(np.concatenate([p.astype("float32").numpy().ravel() for p in ours.parameters()]).tolist())
     assert np.array_equal(*values)
     kept = sum(array.size for name, array in optimizer.state().items() if "moment1" in name)
     whole = sum(p.size for p in ours.parameters())
