@@ -49,7 +49,7 @@ def test_a_collective_that_hangs_ends_the_run_with_step_and_name(tmp_path, more,
     script = tmp_path / "hung.py"
     script.write_text(HUNG.format(flags=flags(tmp_path, *more)))
     began = time.monotonic()
-    run_two(tmp_path, script=str(script), status=1)
+    run_two(tmp_path, script=str(script), fails=True)
     assert time.monotonic() - began < 100
     (told,) = [line for line in (tmp_path / "logs" / "workerlog.0").read_text().splitlines() if line.startswith("error: ")]
     assert re.fullmatch(rf"error: step 3: {call} among {name} timed out after 3\d seconds: another rank hangs, .*", told), told
