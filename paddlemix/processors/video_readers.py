@@ -33,14 +33,15 @@ def open_video(path, reader, look=None):
         return _FolderReader(path, name, look)
     try:
         with open_regular(path) as file:
-            if not file.read(1):
-                raise VideoError(f"{name} is empty; replace it")
+            size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise VideoError(f"{name} does not exist; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise VideoError(
             f"{name} cannot be read ({getattr(error, 'strerror', None) or error}); give a file or folder"
         ) from None
+    if not size:  # also the system's own files, which can make whoever reads them wait
+        raise VideoError(f"{name} is empty; replace it")
 
     try:
         picture = Image.open(path, formats=picture_formats())
