@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-__all__ = ["BITS", "BLOCK", "GROUPS", "PARTS", "Quantised", "joined", "pack", "quantise", "unpack"]
+__all__ = ["BITS", "BLOCK", "GROUPS", "PARTS", "Quantised", "bytes_per_value", "joined", "pack", "quantise", "unpack"]
 
 BLOCK = 64
 GROUPS = (32, 64, 128)  # inputs of a group
@@ -76,6 +76,11 @@ class Quantised:
         out = np.empty_like(values)
         out[:, self.order] = values
         return out
+
+
+def bytes_per_value(weight_dtype):
+    """Memory of a value: its code, and its part of its group's scale and (of 4 bits) zero, float16 each."""
+    return BITS[weight_dtype] / 8 + (4 if weight_dtype == "int4" else 2) / BLOCK
 
 
 def padded(inputs, group):

@@ -34,7 +34,7 @@ VERSION = 1  # of the layout
 MOST_BYTES = 20 << 30
 WORTHWHILE = 16 << 20  # bytes of weights below which rounding is as quick as the cache
 _SAMPLES = 64
-_BLOBS, _PAGE = "weights.bin", 4096
+_WEIGHTS, _BLOBS, _PAGE = "model.safetensors", "weights.bin", 4096
 
 _log = logging.getLogger(__name__)
 
@@ -66,16 +66,8 @@ def find(key, shapes):
         key: of :func:`key_of`.
         shapes: ``{parameter: (out, in, bits)}`` of all that must be in it.
     """
-    if not enabled():
-        return None
-    entry = _entry(key)
-    if entry is None or not entry.exists():
-        return None
-    try:
-        known = read_json(str(entry / "entry.json"), CheckpointError)
-        path = str(entry / "model.safetensors")
-        if known.get("digest") != _digest(path):
-            raise CheckpointError(f"{path} is not what was written")
+
+    def take(path, known):
         found = grouped(locate([path]), None, lambda *values: Location(*values[:4], packed=values[4]))
         if found.keys() != shapes.keys():
             raise CheckpointError(f"{path} has other weights")
@@ -87,12 +79,27 @@ def find(key, shapes):
                 if form is None or location.shape != (out, padded(inputs, form.group)) or form.bits != bits:
                     raise CheckpointError(f"{path}: {name} is of another shape")
                 weights[name] = dataclasses.replace(read(location, files.get, name), inputs=inputs)
+        return weights
+
+    return _taken(key, _WEIGHTS, take)
+
+
+def _taken(key, name, take):
+    """``take(path of the entry's file, what entry.json says)``; None where there is no entry that is whole."""
+    entry = _entry(key) if enabled() else None
+    if entry is None or not entry.exists():
+        return None
+    try:
+        known, path = read_json(str(entry / "entry.json"), CheckpointError), str(entry / name)
+        if known.get("digest") != _digest(path):
+            raise CheckpointError(f"{path} is not what was written")
+        found = take(path, known)
         os.utime(entry)  # it was used now
     except (OSError, UserError, ValueError) as error:
         _log.warning("the cache's entry %s is damaged and made anew: %s", key, error)
         shutil.rmtree(entry, ignore_errors=True)
         return None
-    return weights
+    return found
 
 
 def store_later(key, weights):
@@ -121,7 +128,7 @@ def _store(entry, weights):
             for key, dtype, array in outgoing(name, weight)
         ]
         write_safetensors(str(target), tensors, {"format": "pt"}, MOST_BYTES)
-        return {"digest": _digest(str(target / "model.safetensors"))}
+        return {"digest": _digest(str(target / _WEIGHTS))}
 
     _add(entry, sum(weight.nbytes for weight in weights.values()), write)
 
@@ -143,26 +150,20 @@ def _add(entry, size, write):
 
 def find_blobs(key):
     """The arrays of an entry of packed weights, mapped, uint8 each and in order; None where there is none that is whole."""
-    entry = _entry(key) if enabled() else None
-    if entry is None or not entry.exists():
-        return None
-    try:
-        known, path = read_json(str(entry / "entry.json"), CheckpointError), str(entry / _BLOBS)
+
+    def take(path, known):
         sizes = known.get("sizes")
         if not isinstance(sizes, list) or not all(type(size) is int and 0 < size <= MOST_BYTES for size in sizes):
             raise CheckpointError(f"{path}: nobody knows its parts")
         with open_regular(path) as file:
             whole = os.fstat(file.fileno()).st_size
-            if whole != sum(map(_pages, sizes)) or known.get("digest") != _digest(path):
+            if whole != sum(map(_pages, sizes)):
                 raise CheckpointError(f"{path} is not what was written")
             content = np.asarray(np.memmap(file, np.uint8, "r"))
-        os.utime(entry)
-    except (OSError, UserError, ValueError) as error:
-        _log.warning("the cache's entry %s is damaged and made anew: %s", key, error)
-        shutil.rmtree(entry, ignore_errors=True)
-        return None
-    starts = np.cumsum([0, *map(_pages, sizes)])
-    return [content[start : start + size] for start, size in zip(starts, sizes)]
+        starts = np.cumsum([0, *map(_pages, sizes)])
+        return [content[start : start + size] for start, size in zip(starts, sizes)]
+
+    return _taken(key, _BLOBS, take)
 
 
 def store_blobs_later(key, layers):

@@ -17,7 +17,7 @@ import numpy as np
 from paddlemix.errors import CheckpointError
 from paddlemix.quantised import joined, quantise
 
-from .contents import LAYOUTS, Checkpoint, OpenFiles, check_choices, fill
+from .contents import LAYOUTS, Checkpoint, OpenFiles, by_parameter, check_choices, fill
 from .saving import convert_checkpoint, save_checkpoint, save_packed
 from .tensors import ARRAY_DTYPES
 
@@ -69,9 +69,9 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
     arrays, turned = {}, set()
     wanted = checkpoint.sources if shares is None else list(_shared(checkpoint.sources, shares))
     unread = Counter(source.weight.name for source in wanted)
-    for weight, sources in _by_weight(checkpoint.sources, packed - set(skip)):
+    for name, sources in by_parameter(checkpoint.sources, packed - set(skip)).items():
         with OpenFiles() as files:
-            yield weight.name, _joined(weight, sources, files)
+            yield name, _joined(sources[0].weight, sources, files)
 
     def fill_calls(sources, files):
         for source in sources:
@@ -93,15 +93,6 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
                         array = arrays.pop(name)
                         stacked = name in targets and source_weights[name].parts[0].index is not None and name not in turned
                         yield name, array.T if name in turned else np.ascontiguousarray(array.T) if stacked else array
-
-
-def _by_weight(sources, names):
-    """``(weight, its sources)`` of those that are ``names``."""
-    of = {}
-    for source in sources:
-        if source.weight.name in names:
-            of.setdefault(source.weight.name, (source.weight, []))[1].append(source)
-    return of.values()
 
 
 def _joined(weight, sources, files):

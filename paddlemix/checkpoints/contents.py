@@ -177,6 +177,15 @@ class Checkpoint:
         return [path for path, before in self.fingerprints.items() if fingerprint(path) != before]
 
 
+def by_parameter(sources, names=None):
+    """``{parameter: its sources}`` of those whose parameter is among ``names``; None for all."""
+    parts = {}
+    for source in sources:
+        if names is None or source.weight.name in names:
+            parts.setdefault(source.weight.name, []).append(source)
+    return parts
+
+
 def locate(paths, index=None):
     """Where all tensors of some weight files are, by their published names; ``index``: see :func:`~.files.find_weight_files`.
 

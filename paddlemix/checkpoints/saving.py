@@ -8,7 +8,7 @@ import numpy as np
 
 from paddlemix.errors import CheckpointError
 
-from .contents import OpenFiles, check_choices, clip, converted, fill, is_by_columns
+from .contents import OpenFiles, by_parameter, check_choices, clip, converted, fill, is_by_columns
 from .files import name_some
 from .packed import outgoing
 from .safetensors_files import OutgoingTensor, write_safetensors
@@ -154,9 +154,7 @@ def convert_quantised(checkpoint, directory, bits, quantise, max_shard_size="5GB
     """
     if checkpoint.packed:
         raise CheckpointError(f"{checkpoint.directory} is a quantised checkpoint already: take the original one to convert")
-    parts = {}
-    for source in checkpoint.sources:
-        parts.setdefault(source.weight.name, []).append(source)
+    parts = by_parameter(checkpoint.sources)
     os.makedirs(directory, exist_ok=True)
     # What is small is written first and what is large last, weight by weight in neither: codes wait on the disk.
     with tempfile.TemporaryDirectory(prefix=".rounding-", dir=directory) as room, _OneOpenFile() as files:
@@ -185,12 +183,8 @@ def reading(checkpoint, names=None, dtype=None):
         names: of the parameters; None for all.
         dtype: what they become; None for what they are, float32 where parts of one differ.
     """
-    parts = {}
-    for source in checkpoint.sources:
-        if names is None or source.weight.name in names:
-            parts.setdefault(source.weight.name, []).append(source)
     with _OneOpenFile() as files:
-        yield {name: _Assembled(files, sources, dtype) for name, sources in parts.items()}
+        yield {name: _Assembled(files, parts, dtype) for name, parts in by_parameter(checkpoint.sources, names).items()}
 
 
 class _Assembled:

@@ -123,16 +123,17 @@ class Server:
         announced = request.headers.get("content-length", "0")
         data, count = bytearray(), 0
         too_large = announced.isdigit() and int(announced) > limit
-        if too_large and int(announced) > 2 * limit + _DRAINED:  # would not be heard to its end
+        most = 2 * limit + _DRAINED  # a client that sends on meets a closed connection, but one that ends soon hears why
+        if too_large and int(announced) > most:
             raise large
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 async for piece in request.stream():
                     count += len(piece)
                     too_large = too_large or count > limit
-                    if count > 2 * limit + _DRAINED:  # a client that sends on meets a closed connection
+                    if count > most:
                         raise large
-                    data = bytearray() if too_large else data + piece  # but one that ends soon hears why
+                    data = bytearray() if too_large else data + piece
         except TimeoutError:
             raise large if too_large else RequestError("the body did not arrive in time", status=408) from None
         if too_large:

@@ -62,6 +62,7 @@ class ModelArguments:
     ps_version: str = _arg("v2", "pixel shuffle: v2, or v1 for the oldest models", ("v1", "v2"))
     use_fast_tokenizer: bool = _arg(False, "prefer tokenizer.json; the ids are the same either way")
     use_custom_trainer: bool = _arg(False, "without effect, as ever")
+    _adapters = "--use_llm_lora 16"  # how a user asks for some
 
     def __post_init__(self):
         parts = self.vision_path is not None and self.llm_path is not None
@@ -79,7 +80,7 @@ class ModelArguments:
         if self.load_4bit and self.load_8bit:
             raise ConfigError("--load_4bit and --load_8bit exclude each other: choose one")
         if not self.use_llm_lora:
-            raise ConfigError("weights in few bits do not learn: train adapters on them (--use_llm_lora 16), or keep all bits")
+            raise ConfigError(f"weights in few bits do not learn: train adapters on them ({self._adapters}), or keep all bits")
         if self.model_name_or_path is None:
             raise ConfigError(
                 "--load_4bit and --load_8bit need a whole model: put it together first (a run of --max_steps 1 without them), "

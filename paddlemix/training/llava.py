@@ -43,12 +43,9 @@ class LlavaModelArguments(ModelArguments):
     double_quant: bool = _arg(True, _IGNORED)
     quant_type: str = _arg("nf4", "without effect: codes of 4 bits are evenly spaced", ("nf4", "fp4", "int4"))
 
+    _adapters = "--lora_enable True"
+
     def __post_init__(self):
-        super().__post_init__()
-        if self.vision_path or self.mlp_path:
-            raise ConfigError(
-                "--vision_path and --mlp_path are for other models: use --vision_tower, --pretrain_mm_mlp_adapter"
-            )
         if self.lora_enable and self.lora_r < 1:
             raise ConfigError(f"--lora_r is {self.lora_r}: it must be at least 1")
         frozen = self.freeze_llm or self.freeze_backbone or self.tune_mm_mlp_adapter  # backbone: the original's word for it
@@ -59,9 +56,11 @@ class LlavaModelArguments(ModelArguments):
         )
         self.freeze_backbone = True
         self.load_4bit, self.load_8bit = self.load_4bit or self.bits == 4, self.load_8bit or self.bits == 8
-        if self.weight_dtype and not self.use_llm_lora:
-            raise ConfigError("--bits: such weights do not learn: train adapters on them (--lora_enable), or keep all bits")
-        self._check_bits()
+        super().__post_init__()  # of what the original's words mean here
+        if self.vision_path or self.mlp_path:
+            raise ConfigError(
+                "--vision_path and --mlp_path are for other models: use --vision_tower, --pretrain_mm_mlp_adapter"
+            )
 
 
 @dataclass

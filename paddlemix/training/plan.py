@@ -20,10 +20,10 @@ from paddlemix import device
 from paddlemix.checkpoints.checkpoint import NOTHING
 from paddlemix.datasets.records import read_meta
 from paddlemix.errors import DataError, DeviceError, command_main
-from paddlemix.models.blocks.adapters import adapter_sizes, with_adapters
+from paddlemix.models.blocks.adapters import adapted_weights, with_adapters
 from paddlemix.models.blocks.division import Division
 from paddlemix.models.internvl2.configuration import InternVLChatConfig
-from paddlemix.quantised import BITS, BLOCK
+from paddlemix.quantised import bytes_per_value
 
 from .arguments import parse
 from .published import is_known, published_config
@@ -132,13 +132,8 @@ def rounded(config, model_args):
     """``{name: number of values}`` of the weights under adapters that are in few bits."""
     if model_args.weight_dtype is None:
         return {}
-    weights = dataclasses.replace(config, use_llm_lora=0).weight_table()
-    return {w.name: math.prod(w.shape) for w in weights if w.name.startswith("language_model.") and adapter_sizes(w)}
-
-
-def _bytes_in_few_bits(weight_dtype):
-    """Bytes of a value: its code, and its part of its group's scale (and zero, of 4 bits), float16."""
-    return BITS[weight_dtype] / 8 + (4 if weight_dtype == "int4" else 2) / BLOCK
+    table = dataclasses.replace(config, use_llm_lora=0).weight_table()
+    return {weight.name: math.prod(weight.shape) for weight in adapted_weights(table, "language_model")}
 
 
 def memory(config, counts, train_args, batch, processes, flash, freeze_backbone, image_size, ranks=1, few=({}, None)):
@@ -182,7 +177,7 @@ def memory(config, counts, train_args, batch, processes, flash, freeze_backbone,
     packed, widest = 0, 0
     if codes:  # one at a time becomes floating point, first in float32
         total, widest = total - sum(codes.values()), max(codes.values()) * (8 + element)
-        packed = sum(codes.values()) * _bytes_in_few_bits(weight_dtype)
+        packed = sum(codes.values()) * bytes_per_value(weight_dtype)
     inputs = _adapter_inputs(config, counts)
     kept, moments = zip(
         _vision_activations(config, batch, element, flash, freeze_backbone, train_args.recompute, image_size),

@@ -120,6 +120,12 @@ def test_llava_with_bits(tmp_path, bits):
     assert own.config.use_llm_lora == 0
 
 
+def test_either_spelling_of_bits_is_llavas(tmp_path):
+    lora = ["--lora_enable", "True", "--lora_r", "4"]
+    for more in (["--bits", "4"], ["--load_4bit", "True"], ["--bits", "4", "--load_4bit"]):
+        assert llava.parse_llava(llava.flags(tmp_path, *lora, *more))[0].weight_dtype == "int4"
+
+
 def test_llava_says_what_bits_need(tmp_path):
     with pytest.raises(ConfigError, match="--lora_enable"):
         llava.parse_llava(llava.flags(tmp_path, "--bits", "4"))

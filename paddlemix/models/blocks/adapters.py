@@ -32,6 +32,11 @@ def adapter_sizes(weight):
     return [part.shape[-1 if is_stacked(part) else 0] for part in weight.parts]
 
 
+def adapted_weights(table, tower):
+    """The weights of ``table`` whose layers get adapters when the tower has any."""
+    return [weight for weight in table if weight.name.startswith(f"{tower}.") and adapter_sizes(weight)]
+
+
 def is_stacked(part):
     """Whether a published tensor has all experts of a layer, ``[experts, in, out]``, and this is the share of one of them."""
     return part.index is not None

@@ -24,7 +24,7 @@ from paddlemix.checkpoints.saving import reading
 from paddlemix.errors import CheckpointError, ConfigError
 from paddlemix.kernels import cpu
 
-from .adapters import adapter_sizes
+from .adapters import adapted_weights
 from .language import TiedHead
 from .layers import Linear
 from .lora import LoRALinear, locate, merge_lora
@@ -231,9 +231,7 @@ def prepare_adapted(model, weight_dtype, dtype, tower="language_model"):
     """
     bits, _ = check_choice(weight_dtype, None)
     model.quantised_layers, model.weight_dtype = {}, weight_dtype
-    for weight in model.config.weight_table():
-        if not (weight.name.startswith(f"{tower}.") and adapter_sizes(weight)):
-            continue
+    for weight in adapted_weights(model.config.weight_table(), tower):
         owner, name, layer = locate(model, weight.name.removesuffix(".weight"))
         new = QuantisedLinear(layer, bits)
         new.dtype = dtype
@@ -346,7 +344,7 @@ def weight_bytes(table, element, weight_dtype=None, parts=None):
     total = 0
     for weight in table:
         packed = few and weight.linear and weight.name.startswith(few)
-        total += math.prod(weight.shape) * ((bits + 0.5) / 8 if packed else element)  # float16 for each 64 values, or two
+        total += math.prod(weight.shape) * (quantised.bytes_per_value(weight_dtype) if packed else element)
     return total
 
 
