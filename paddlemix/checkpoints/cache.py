@@ -34,6 +34,7 @@ VERSION = 1  # of the layout
 MOST_BYTES = 20 << 30
 WORTHWHILE = 16 << 20  # bytes of weights below which rounding is as quick as the cache
 _SAMPLES = 64
+_UNFINISHED, _LONG = ".writing-", 3600  # seconds that nobody writes for
 _WEIGHTS, _BLOBS, _PAGE = "model.safetensors", "weights.bin", 4096
 
 _log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ def _add(entry, size, write):
         if size > MOST_BYTES or shutil.disk_usage(entry.parent).free < 2 * size:
             return
         make_room(size)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=entry.parent) as room:
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=entry.parent) as room:
             target = Path(room, "entry")
             target.mkdir()
             written = {**write(target), "made": int(time.time()), "version": VERSION}
@@ -212,8 +213,12 @@ def entries():
 
 
 def make_room(size):
-    """Remove entries until there is room for ``size`` bytes more."""
-    there = [entry for entry in entries() if not entry[2].name.startswith(".")]
+    """Remove entries until there is room for ``size`` bytes more, and what programs that were killed have left unfinished."""
+    found = entries()
+    for used, _, path in found:
+        if path.name.startswith(_UNFINISHED) and time.time() - used > _LONG:
+            shutil.rmtree(path, ignore_errors=True)
+    there = [entry for entry in found if not entry[2].name.startswith(".")]
     total = sum(count for _, count, _ in there)
     for _, count, path in there:
         if total + size <= MOST_BYTES:

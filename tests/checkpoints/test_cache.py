@@ -103,6 +103,17 @@ def test_a_changed_checkpoint_is_another_entry(roundings, tmp_path, monkeypatch)
     assert len(cache.entries()) == 2
 
 
+def test_what_a_killed_program_left_goes_and_what_is_being_written_stays(roundings):
+    left, written = (cache.folder() / f".writing-{name}" for name in ("left", "now"))
+    for path in (left, written):
+        path.mkdir(parents=True)
+        (path / "part").write_bytes(b"x" * 1000)
+    os.utime(left, (1, 1))
+    logits()
+    assert not left.exists() and (written / "part").exists()
+    assert len([path for _, _, path in cache.entries() if not path.name.startswith(".")]) == 1
+
+
 def test_the_longest_unused_goes_first(roundings, monkeypatch, capsys):
     logits()
     ((_, size, first),) = cache.entries()
