@@ -105,7 +105,7 @@ def test_parts_are_put_together_first(tmp_path):
         parse(given[:at] + given[at + 2 :])
 
 
-@pytest.mark.parametrize("bits", ["8", "4"])
+@pytest.mark.parametrize("bits", [pytest.param("8", marks=pytest.mark.slow), "4"])
 def test_llava_with_bits(tmp_path, bits):
     lora = ["--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0", "--bits", bits, "--double_quant", "True"]
     saved = ["--save_strategy", "steps", "--save_steps", "2"]
