@@ -99,6 +99,7 @@ def test_retrieval_is_that_of_the_features(captions, tmp_path):
     assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_pictures(classes, tmp_path):
     flags = [*MODEL, "--data", str(classes), "--batch_size", "2"]
     zero_shot_classification.main([*flags, "--out", str(tmp_path / "one")])

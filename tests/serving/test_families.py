@@ -46,7 +46,7 @@ def test_tiles_of_flash_models_are_routed():
             assert status == 200 and content(reply) == chat["response"], chat["label"]
 
 
-@pytest.mark.parametrize("family", ["flash", "gpt_oss"])
+@pytest.mark.parametrize("family", ["flash", pytest.param("gpt_oss", marks=pytest.mark.slow)])
 def test_answers_are_those_of_chat(family):
     from paddlemix.models.internvl2 import ChatSession, InternVLChatModel, load_tokenizer
     from paddlemix.processors.image import load_image

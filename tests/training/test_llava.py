@@ -99,7 +99,14 @@ def test_positions_of_the_tower_learn_where_that_is_asked_for(tmp_path):
         assert "model.vision_tower.vision_tower.embeddings.position_embedding" in stored
 
 
-@pytest.mark.parametrize("more", [["--tune_mm_mlp_adapter", "True"], ["--lora_enable", "True", "--lora_r", "2"], []])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["--tune_mm_mlp_adapter", "True"], marks=pytest.mark.slow),
+        ["--lora_enable", "True", "--lora_r", "2"],
+        pytest.param([], marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_goes_on_from_its_checkpoint(more, tmp_path):
     common = [*more, "--lora_dropout", "0"]
     whole = [row["loss"] for row in run(tmp_path, *common, output="whole")]

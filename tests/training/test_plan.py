@@ -323,6 +323,7 @@ def test_total_of_a_model_equals_the_count_of_its_layers():
     assert sum(size for size, _ in counts.values()) == count_parameters(model)
 
 
+@pytest.mark.slow
 def test_table_has_every_model():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in plan_table.memory_table().splitlines()[2:]]
     assert [row[0] for row in rows] == [name for name in (*published.PUBLISHED, *published.LATER) for _ in range(4)]

@@ -52,6 +52,7 @@ def test_a_step_of_training():
     assert {("adamw", "float32"), ("cross_entropy_with_softmax", "float32")} <= found
 
 
+@pytest.mark.slow
 def test_gradients():
     def build():
         model = InternVLModel(load().model.config)

@@ -20,9 +20,10 @@ QUESTION = "<image>\nRead the all text in the image."
 SIZE = EXPECTED["image_size"]
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rule, key, max_num", [("chat", "tiling", None), ("training", "training_tiling", 8)])
-def test_grids_and_counts(rule, key, max_num):
-    for width, height, size, grid, of_a, of_b in EXPECTED[key]:
+def test_grids_and_counts(rule, key, max_num, every):
+    for width, height, size, grid, of_a, of_b in EXPECTED[key][::every]:
         picture = Image.new("RGB", (width, height))
         pixels, found, counts = multi_scale_tiles(picture, size, rule, max_num)
         told = (list(found), counts)
