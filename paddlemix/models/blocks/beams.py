@@ -59,7 +59,7 @@ def beam_search(language_model, inputs_embeds, config, starts=None, cache=None, 
     held = cache.length
     mask = AttentionMask(shift + held, prefix=held) if shift.any() else AttentionMask()
     positions = np.maximum(np.arange(held, held + tokens)[None] - shift[:, None], 0)
-    hidden = language_model(inputs_embeds, paddle.to_tensor(positions), mask, cache)
+    hidden = language_model(inputs_embeds, paddle.to_tensor(positions), mask, cache, positions=-1)
     logits = language_model.lm_head(hidden[:, -1])
 
     said = np.zeros([batch, 0], "int64") if prompt_ids is None else np.asarray(prompt_ids).copy()

@@ -87,9 +87,10 @@ def fuse(model, dtype, packs=None):
     embeddings = vision.embeddings
     embeddings.patch_embedding = _PatchEmbedding(embeddings.patch_embedding, dtype)
     embeddings.to(dtype="float32")
-    for stack, fused in ((vision.encoder.layers, _VisionLayer), (language.model.layers, _DecoderLayer)):
-        for i in range(len(stack)):
-            stack[i] = fused(stack[i], pack)
+    for i, layer in enumerate(vision.encoder.layers):
+        vision.encoder.layers[i] = _VisionLayer(layer, pack)
+    for i, layer in enumerate(language.model.layers):
+        language.model.layers[i] = _DecoderLayer(layer, pack, i == len(language.model.layers) - 1)
     if len(model.mlp1):
         model.mlp1 = _Projector(model.mlp1, pack)
     for name in ("mlp2", "pooling_before_gating", "gating"):  # small, and plain
@@ -265,50 +266,62 @@ class _VisionLayer(nn.Layer):
 class _DecoderLayer(nn.Layer):
     """:class:`~.language.DecoderLayer`, fused."""
 
-    def __init__(self, layer, pack):
+    def __init__(self, layer, pack, is_last):
         super().__init__()
         attn, mlp = layer.self_attn, layer.mlp
         self.dtype, self.index, (self.heads, self.kv_heads, _) = pack.dtype, attn.index, attn.split
         self.norm1, self.norm2 = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self.qkv, self.o = pack(attn.qkv_proj), pack(attn.o_proj)
+        # Of the last block's queries only those of the positions that are asked for are computed in a prompt.
+        keys = slice(self.heads * attn.width, None)
+        self.kv = pack(attn.qkv_proj, columns=keys) if is_last else None
         self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_norm else None
         self.window, self.sinks = attn.window, None if attn.sinks is None else attn.sinks.astype("float32")
         self.is_sparse = layer.is_sparse
         self.mlp = _Experts(mlp, pack) if layer.is_sparse else _GatedMLP(mlp, pack)
 
-    def _stores(self, qkv):
-        """Room for the keys and values of ``qkv [B, N, ...]``, where there is no cache."""
-        width = qkv.shape[-1] // (self.heads + 2 * self.kv_heads)
+    def _stores(self, qkv, heads):
+        """Room for the keys and values of ``qkv [B, N, ...]`` with so many heads of queries, where there is no cache."""
+        width = qkv.shape[-1] // (heads + 2 * self.kv_heads)
         return [paddle.empty([*qkv.shape[:2], self.kv_heads, width]) for _ in range(2)]
 
     def queries_and_keys(self, x, rope):
         """As :meth:`.language.DecoderLayer.queries_and_keys`."""
         qkv = self.qkv(x, norm=self.norm1)
-        keys, values = self._stores(qkv)
+        keys, values = self._stores(qkv, self.heads)
         return kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, 0, self.qk_norms), keys
 
-    def forward(self, x, rope, mask, cache=None, picture=None, with_router=False):
+    def forward(self, x, rope, mask, cache=None, picture=None, with_router=False, last=None):
         tokens = x.shape[1]
         if mask.segments is not None or not mask.is_spans or picture is not None:
             raise ValueError("packed rows, a prefix that sees itself and cross-attention are for the eager engine")
-        qkv = self.qkv(x, norm=self.norm1)
+        qkv = self.qkv(x, norm=self.norm1) if last is None else self.kv(x, norm=self.norm1)
+        heads = self.heads if last is None else 0
         paged = getattr(cache, "is_paged", False)
         # A sliding layer's cache keeps the last positions, which have no fixed place; pages have none either, and 8 bits are
         # not what attention takes.
         appends = paged or (cache is not None and (self.window is not None or cache.dtype == INT8))
         if cache is None or appends:
-            (keys, values), length = self._stores(qkv), tokens
+            (keys, values), length = self._stores(qkv, heads), tokens
         else:
             (keys, values), length = cache.stores(self.index), cache.length
-        q = kernels.rotate_and_cache(qkv, *rope, self.heads, keys, values, length - tokens, self.qk_norms)
+        q = kernels.rotate_and_cache(qkv, *rope, heads, keys, values, length - tokens, self.qk_norms)
         starts = mask.starts
         if appends:
             keys, values = cache.append(self.index, keys, values)
             length = keys.shape[1]
             starts = starts if starts is None or paged else np.maximum(starts - (cache.length - length), 0)
-        out = kernels.attention(
-            q, keys, values, causal=True, length=length, starts=starts, dtype=self.dtype, window=self.window, sinks=self.sinks
-        )
+
+        def attend(q, keys, values, length, starts):
+            seen = {"length": length, "starts": starts, "window": self.window, "sinks": self.sinks}
+            return kernels.attention(q, keys, values, causal=True, dtype=self.dtype, **seen)
+
+        if last is None:
+            out = attend(q, keys, values, length, starts)
+        else:
+            x, tables = last.take(x), [last.take(table) for table in rope]
+            q = self.queries_and_keys(x, tables)[0][:, :1]
+            out = last.copied(last.attend(attend, q, keys, values, length, starts))
         x = self.o(out, residual=x)
         return self.mlp(x, self.norm2, with_router=True) if with_router else self.mlp(x, self.norm2)
 

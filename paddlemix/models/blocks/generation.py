@@ -242,8 +242,8 @@ def generate_tokens(language_model, inputs_embeds, config, starts=None, cache=No
     for _ in range(config.max_new_tokens):
         positions = np.arange(cache.length, cache.length + inputs_embeds.shape[1])[None] - shift
         positions = paddle.to_tensor(np.maximum(positions, 0))
-        hidden = language_model(inputs_embeds, positions, mask, cache)
-        logits = language_model.lm_head(hidden[:, -1])  # only the last position is asked for
+        hidden = language_model(inputs_embeds, positions, mask, cache, positions=-1)
+        logits = language_model.lm_head(hidden[:, -1])
         tokens = np.where(finished, pad, sampler(logits, answers))
         for answer, token in zip(answers, tokens):
             answer.append(int(token))

@@ -16,6 +16,7 @@ from paddle.nn import functional as F
 
 from .experts import GatedMLP, MixtureOfExperts
 from .kv_cache import KVCache
+from .last import LastPositions, last_of
 from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention
 
 
@@ -143,7 +144,7 @@ class DecoderAttention(nn.Layer):
 
     def __init__(self, config, index):
         super().__init__()
-        width = config.head_dim
+        self.width = width = config.head_dim
         self.index, self.window = index, config.window(index)
         self.split = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
         self.fused = config.fused_projections
@@ -175,13 +176,21 @@ class DecoderAttention(nn.Layer):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rope(q, *rope), apply_rope(k, *rope), v
 
-    def forward(self, x, rope, mask, cache, residual):
-        """``residual + attention(x)``, all ``[B, N, D]``."""
+    def forward(self, x, rope, mask, cache, residual, last=None):
+        """``residual + attention(x)``, all ``[B, N, D]``; with ``last``, :class:`~.last.LastPositions`, of these alone."""
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         first = 0 if cache is None else cache.length - k.shape[1]
-        return self.o_proj(attention(q, k, v, mask, self.window, self.sinks, first), residual=residual)
+        if last is None:
+            return self.o_proj(attention(q, k, v, mask, self.window, self.sinks, first), residual=residual)
+
+        def attend(q, k, v, length, starts):
+            own = mask if q.shape[0] == residual.shape[0] else AttentionMask(starts)
+            return attention(q, k[:, :length], v[:, :length], own, self.window, self.sinks, first)
+
+        seen = last.attend(attend, last.take(q)[:, :1], k, v, k.shape[1], mask.starts)
+        return self.o_proj(last.copied(seen), residual=last.take(residual))
 
 
 class CrossAttention(nn.Layer):
@@ -225,9 +234,13 @@ class DecoderLayer(nn.Layer):
         """What attention compares: rotated queries ``[B, N, H, d]`` and keys ``[B, N, K, d]`` of ``x [B, N, D]``."""
         return self.self_attn.project(self.input_layernorm(x), rope)[:2]
 
-    def forward(self, x, rope, mask, cache=None, picture=None, with_router=False):
-        """``[B, N, D] -> [B, N, D]``; ``with_router`` adds a sparse layer's router logits ``[B * N, experts]``."""
-        x = self.self_attn(self.input_layernorm(x), rope, mask, cache, residual=x)
+    def forward(self, x, rope, mask, cache=None, picture=None, with_router=False, last=None):
+        """``[B, N, D] -> [B, N, D]``; ``with_router`` adds a sparse layer's router logits ``[B * N, experts]``.
+
+        With ``last``, :class:`~.last.LastPositions`, keys and values are of all positions and all else of these,
+        ``[B, copies, D]``.
+        """
+        x = self.self_attn(self.input_layernorm(x), rope, mask, cache, residual=x, last=last)
         if picture is not None and self.cross_attn is not None:
             x = self.cross_attn(x, picture)
         normed = self.post_attention_layernorm(x)
@@ -250,10 +263,11 @@ class Decoder(nn.Layer):
         self.enable_recompute = False
         self.together = None  # the engine's: all blocks in one call, or None where it cannot
 
-    def forward(self, inputs_embeds, position_ids, mask, cache=None, picture=None, router_logits=None):
+    def forward(self, inputs_embeds, position_ids, mask, cache=None, picture=None, router_logits=None, positions=None):
         """``inputs_embeds [B, N, D]``, ``position_ids [B or 1, N]`` -> hidden states ``[B, N, D]``, normalised.
 
-        ``router_logits``, a list, gets those of each sparse layer, ``[B * N, experts]``.
+        ``router_logits``, a list, gets those of each sparse layer, ``[B * N, experts]``. ``positions`` are those asked for, as
+        of :class:`LanguageModel`.
         """
         tokens = inputs_embeds.shape[1]
         if cache is not None:
@@ -266,8 +280,10 @@ class Decoder(nn.Layer):
             x = self.together(inputs_embeds, rope, mask, cache, picture)
             if x is not None:
                 return self.norm(x)
-        x = inputs_embeds
-        for layer in self.layers:
+        x, last = inputs_embeds, None
+        if positions is not None and picture is None and router_logits is None:
+            last = LastPositions.of(positions, tokens, x.shape[0], mask)
+        for layer in self.layers if last is None else self.layers[:-1]:
             noted = router_logits is not None and layer.is_sparse
             if self.enable_recompute and self.training:
                 x = paddle.distributed.fleet.utils.recompute(layer, x, rope, mask, None, picture, noted, use_reentrant=False)
@@ -276,7 +292,9 @@ class Decoder(nn.Layer):
             if noted:
                 x, logits = x
                 router_logits.append(logits)
-        return self.norm(x)
+        if last is not None:
+            return self.norm(self.layers[-1](x, rope, mask, cache, last=last)[:, :1])
+        return self.norm(x if positions is None else last_of(x, positions))
 
 
 class TiedHead(nn.Layer):
@@ -312,7 +330,9 @@ class LanguageModel(nn.Layer):
         """Token ids ``[B, N]`` -> embeddings ``[B, N, D]``."""
         return self.model.embed_tokens(input_ids)
 
-    def forward(self, inputs_embeds, position_ids=None, mask=None, cache=None, picture=None, router_logits=None):
+    def forward(
+        self, inputs_embeds, position_ids=None, mask=None, cache=None, picture=None, router_logits=None, positions=None
+    ):
         """Hidden states ``[B, N, D]`` before the head; :attr:`lm_head` turns the positions that matter into logits.
 
         Args:
@@ -322,8 +342,10 @@ class LanguageModel(nn.Layer):
             cache: :class:`KVCache` with the keys and values of earlier positions.
             picture: ``[B, P, D_vision]``, what the first positions look at in the blocks that have cross-attention.
             router_logits: a list that gets the router's logits of each sparse layer.
+            positions: the one among the ``N`` of each row that is asked for, ``[B]``, or -1 for the last of all: what comes
+                back is then ``[B, 1, D]``, and the last block computes no more than that needs.
         """
         if position_ids is None:
             start = 0 if cache is None else cache.length
             position_ids = np.arange(start, start + inputs_embeds.shape[1], dtype="int64")[None]
-        return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache, picture, router_logits)
+        return self.model(inputs_embeds, position_ids, mask or AttentionMask(), cache, picture, router_logits, positions)

@@ -115,16 +115,16 @@ class _Leader:
         """The language model's ``forward``."""
 
         @functools.wraps(function)
-        def together(inputs_embeds, position_ids=None, mask=None, cache=None, picture=None, router_logits=None):
+        def together(inputs_embeds, position_ids=None, mask=None, cache=None, picture=None, router_logits=None, positions=None):
             if position_ids is None:
                 start = 0 if cache is None else cache.length
                 position_ids = np.arange(start, start + inputs_embeds.shape[1], dtype="int64")[None]
-            mask, positions, x = mask or AttentionMask(), np.asarray(position_ids), inputs_embeds.contiguous()
+            mask, numbers, x = mask or AttentionMask(), np.asarray(position_ids), inputs_embeds.contiguous()
             described = {name: getattr(mask, name) for name in ("starts", "segments", "prefix", "visible")}
             seen = None if cache is None else cache.described()
-            with self._call("decoder", [x], positions=positions, mask=described, cache=seen):
+            with self._call("decoder", [x], position_ids=numbers, mask=described, cache=seen, positions=positions):
                 self._send([x])
-                return function(x, position_ids, mask, cache, picture, router_logits)
+                return function(x, position_ids, mask, cache, picture, router_logits, positions)
 
         return together
 
@@ -198,7 +198,8 @@ class _Follower:
             cache = PagesView(self.held[seen["pages"]], seen["new"], seen["seen"], seen["length"])
         elif seen is not None:
             cache = self.held[seen["number"]]
-        self.model.language_model(x, message["positions"], AttentionMask(**message["mask"]), cache)
+        mask = AttentionMask(**message["mask"])
+        self.model.language_model(x, message["position_ids"], mask, cache, positions=message["positions"])
 
 
 class _LedCache(KVCache):

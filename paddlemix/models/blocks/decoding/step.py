@@ -16,12 +16,11 @@ from paddle.nn import functional as F
 from paddlemix import device
 
 from ..kv_cache import INT8, Int8Rows, layout_of
-from ..layers import AttentionMask, take_rows
+from ..last import ROWS
+from ..layers import AttentionMask
 from .routing import routed
 
 __all__ = ["ROWS", "PagedCache", "PagesView", "Stepper"]
-
-ROWS = 16
 
 
 class PagedCache:
@@ -170,7 +169,7 @@ class Stepper:
             seen[row, before - first : before + count] = self._slots(sequence, 0, last)
             lengths[row] = np.maximum(positions[row] + 1, sequence.prompt)
             starts.append(before - first)
-            ends.append(row * width + count - 1)
+            ends.append(count - 1)
             if features is not None:
                 places.append(features[0] + row * width)
                 values.append(features[1])
@@ -184,6 +183,6 @@ class Stepper:
                 places = paddle.to_tensor(np.concatenate(places))
                 flat = paddle.scatter(flat, places, values.astype(flat.dtype), overwrite=True)
                 embeds = flat.reshape(embeds.shape)
-            hidden = self.model(embeds, positions, AttentionMask(starts), view)
-            ends += ends[-1:] * (-rows % ROWS)
-            return self.model.lm_head(take_rows(hidden.reshape([-1, hidden.shape[-1]]), ends))[:rows]
+            hidden = self.model(embeds, positions, AttentionMask(starts), view, positions=np.array(ends))[:, 0]
+            padding = [hidden[-1:]] * (-rows % ROWS)
+            return self.model.lm_head(paddle.concat([hidden, *padding]) if padding else hidden)[:rows]
