@@ -23,7 +23,7 @@ PADDLE_cpu := paddlepaddle==3.3.1
 PADDLE_gpu := paddlepaddle-gpu==3.3.1 -i $(PADDLE_INDEX)/cu126/
 PADDLE_npu := -r tools/npu/requirements.txt
 
-.PHONY: llama web web-install demo demo-tp demo-video demo-search demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean test-transformers demo-thinking
+.PHONY: llama openvino bench-torch web web-install demo demo-tp demo-video demo-search demo-llava demo-mpo install test test-fast test-slow test-npu soak wheel lint format clean test-transformers demo-thinking
 
 demo: install
 	@echo "A drawn scene, as the bundled model knows them. What color is the star?"
@@ -115,12 +115,28 @@ $(VENV)/transformers/.installed: requirements.txt
 	$(VENV)/transformers/bin/pip install --disable-pip-version-check -q -r requirements.txt pytest==8.4.2 $(TRANSFORMERS)
 	@touch $@
 
-# llama.cpp's server, which benchmarks/serving.py can measure beside ours; built here with g++.
+# What benchmarks/inference.py measures beside ours, each in an environment of its own. llama.cpp, whose server
+# benchmarks/serving.py asks too, is built here with g++; bench-torch is transformers + torch.
 llama: $(VENV)/llama/.installed
+
+openvino: $(VENV)/openvino/.installed
+
+bench-torch: $(VENV)/bench/.installed
+
+$(VENV)/openvino/.installed:
+	$(PYTHON) -m venv $(VENV)/openvino
+	$(VENV)/openvino/bin/pip install --disable-pip-version-check -q openvino==2026.4.1 nncf==3.4.0
+	@touch $@
+
+$(VENV)/bench/.installed:
+	$(PYTHON) -m venv $(VENV)/bench
+	$(VENV)/bench/bin/pip install --disable-pip-version-check -q torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(VENV)/bench/bin/pip install --disable-pip-version-check -q 'transformers>=4.57,<5'
+	@touch $@
 
 $(VENV)/llama/.installed:
 	$(PYTHON) -m venv $(VENV)/llama
-	$(VENV)/llama/bin/pip install --disable-pip-version-check -q 'llama-cpp-python[server]==0.3.36' gguf
+	$(VENV)/llama/bin/pip install --disable-pip-version-check -q 'llama-cpp-python[server]==0.3.36' gguf==0.19.0
 	@touch $@
 
 # The wheel of a release, from what is committed alone.

@@ -1,8 +1,8 @@
-"""llama.cpp's side of fewbits.py: a decoder of the same shapes with random weights, where llama-cpp-python and gguf are.
+"""llama.cpp's side of inference.py: a decoder of the same shapes with random weights, where llama-cpp-python and gguf are.
 
     pip install llama-cpp-python==0.3.36 gguf==0.19.0        (built from source, needs g++ and cmake)
 
-Started by fewbits.py with a specification as JSON; prints one line of JSON. Needs nothing of paddlemix.
+Started by inference.py with a specification as JSON; prints one line of JSON. Needs nothing of paddlemix.
 """
 
 import json
@@ -76,19 +76,29 @@ def main():
     llama_cpp.llama_log_set(silent, None)
     start = time.perf_counter()
     model = llama_cpp.llama_load_model_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
-    options = llama_cpp.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch = max(spec["depths"]) + spec["decode"] + 64, 512, 512
-    options.n_threads = options.n_threads_batch = spec["threads"]
-    context = llama_cpp.llama_new_context_with_model(model, options)
-    if not context:
-        raise SystemExit("llama.cpp makes no context of this model")
+
+    def context_of(sequences, positions):
+        options = llama_cpp.llama_context_default_params()
+        options.n_ctx, options.n_batch, options.n_ubatch, options.n_seq_max = sequences * positions, 512, 512, sequences
+        options.n_threads = options.n_threads_batch = spec["threads"]
+        context = llama_cpp.llama_new_context_with_model(model, options)
+        if not context:
+            raise SystemExit("llama.cpp makes no context of this model")
+        return context
+
+    depths = [*spec["depths"], spec["prompt"]]
+    context = context_of(1, max(depths) + spec["decode"] + 64)
     result = {"load": time.perf_counter() - start}
+    vocabulary = spec["shapes"]["vocabulary"]
+
+    def check(status):
+        if status:
+            raise SystemExit("llama.cpp cannot compute this")
 
     def run(tokens):
         for at in range(0, len(tokens), 512):
             part = (llama_cpp.llama_token * len(tokens[at : at + 512]))(*tokens[at : at + 512])
-            if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(part, len(part))):
-                raise SystemExit("llama.cpp cannot compute this")
+            check(llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(part, len(part))))
 
     def clear():
         if hasattr(llama_cpp, "llama_memory_clear"):
@@ -96,20 +106,45 @@ def main():
         else:
             llama_cpp.llama_kv_cache_clear(context)
 
-    run([1, 2, 3])
-    for depth in spec["depths"]:
+    def measure(depth):
+        """Tokens a second of a prompt and of what follows."""
         clear()
-        prompt = [i * 7919 % spec["shapes"]["vocabulary"] for i in range(max(depth, 1))]
-        start = time.perf_counter()
-        run(prompt)
-        if depth:
-            result[f"prefill {depth}"] = depth / (time.perf_counter() - start)
-        times = []
+        start, times = time.perf_counter(), []
+        run([i * 7919 % vocabulary for i in range(max(depth, 1))])
+        prefill = max(depth, 1) / (time.perf_counter() - start)
         for i in range(spec["decode"]):
             start = time.perf_counter()
             run([i + 1])
             times.append(time.perf_counter() - start)
-        result[f"decode {depth}"] = 1 / sorted(times)[len(times) // 2]
+        return prefill, 1 / sorted(times)[len(times) // 2]
+
+    def together(sequences, depth=64):
+        """Tokens a second of some sequences that are decoded together."""
+        context = context_of(sequences, depth + spec["decode"] + 64)
+        batch, times = llama_cpp.llama_batch_init(512, 0, 1), []
+
+        def step(entries):
+            batch.n_tokens = len(entries)
+            for i, (sequence, position) in enumerate(entries):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = (7919 * position + sequence) % vocabulary, position, 1
+                batch.seq_id[i][0], batch.logits[i] = sequence, 1
+            start = time.perf_counter()
+            check(llama_cpp.llama_decode(context, batch))
+            return time.perf_counter() - start
+
+        for sequence in range(sequences):
+            step([(sequence, position) for position in range(depth)])
+        times = [step([(sequence, depth + i) for sequence in range(sequences)]) for i in range(spec["decode"])]
+        llama_cpp.llama_batch_free(batch)
+        llama_cpp.llama_free(context)
+        return sequences / sorted(times)[len(times) // 2]
+
+    run([1, 2, 3])
+    measured = {depth: measure(depth) for depth in dict.fromkeys(depths)}
+    result["prefill"] = measured[spec["prompt"]][0]
+    result |= {f"decode {depth}": measured[depth][1] for depth in spec["depths"]}
+    if "batch" in spec["rows"]:
+        result |= {f"batch {count}": together(count) for count in spec["batches"]}
     result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     print(json.dumps(result))
 

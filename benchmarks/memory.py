@@ -1,17 +1,22 @@
-"""Memory of conversations about a picture of twelve tiles and about a video of 32 frames. See README.md in this folder.
+"""Memory of loading, and of conversations about a picture of twelve tiles and about a video of 32 frames. See README.md here.
 
     python benchmarks/memory.py --save
 
+A model is loaded by a process of its own for each dtype of its weights, first with an empty cache of packed weights, then from
+it, and answers: what the peak is above the memory before loading should be weights, cache of keys and values, and activations.
 Each conversation is held in a process of its own, so that its peak is its own. What a round adds must be its keys and values
 and nothing else.
 """
 
 import argparse
 import datetime
+import gc
 import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import machine
@@ -19,6 +24,8 @@ import numpy as np
 import sides
 
 from paddlemix.errors import UserError, command_main
+from paddlemix.kernels.cpu import has_bfloat16
+from paddlemix.quantised import Quantised
 
 # Tiles of each picture, and the question's marks.
 CASES = {
@@ -76,6 +83,106 @@ def hold_conversation(case, spec):
     print(json.dumps({**result, "versions": machine.versions("paddlepaddle")}))
 
 
+def load_and_answer(spec):
+    """Load a model and let it answer; print one line of JSON with what each took, in bytes."""
+    import paddle
+
+    from paddlemix import device
+    from paddlemix.kernels import cpu as kernels
+    from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
+
+    device.set_device("cpu")
+    kernels.set_num_threads(spec["threads"])
+    kernels.available(spec["dtype"])
+    config = InternVLChatConfig.from_pretrained(spec["directory"])
+    few = {"weight_dtype": spec["weights"], "quantize_parts": spec["parts"]} if spec["weights"] else {}
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is that of loading
+    before = resident_memory()
+    model = InternVLChatModel.from_pretrained(spec["directory"], dtype=spec["dtype"], engine="inference", **few)
+    for thread in threading.enumerate():  # what writes the cache
+        if thread is not threading.current_thread() and thread.name == "cache":
+            thread.join()
+    loaded, weights = machine.peak_memory() - before, packed_bytes(model)
+    size, context = config.image_size, config.llm_config.vocab_size - 1
+    ids = np.arange(spec["prompt"])[None] % context
+    pixels = None
+    if spec["tiles"]:
+        ids[:, 4 : 4 + spec["tiles"] * config.num_image_token] = context
+        pixels = np.random.default_rng(0).standard_normal([spec["tiles"], 3, size, size], np.float32)
+    model.img_context_token_id = context
+    statistic = paddle.base.core.host_memory_stat_current_value
+    tensors = statistic("Allocated", 0)
+    paddle.base.core.host_memory_stat_reset_peak_value("Allocated", 0)
+    model.generate(pixels, ids, max_new_tokens=spec["answer"])
+    peak = machine.peak_memory() - before
+    # Of tensors: keys and values, what is computed of a tile or a prompt at once, pixels, logits.
+    working = paddle.base.core.host_memory_stat_peak_value("Allocated", 0) - tensors
+    cache = model.language_model.new_cache(1, spec["prompt"] + spec["answer"], spec["dtype"]).nbytes
+    result = {"loaded": loaded, "weights": weights, "working": working, "cache": cache, "peak": peak}
+    print(json.dumps({**result, "scratch": kernels.scratch_memory()}))
+
+
+def packed_bytes(model):
+    """Bytes of all weights as the kernels have them, of embeddings, and of what is left as parameters."""
+    from paddlemix.kernels.cpu import PackedLinear
+    from paddlemix.kernels.quantised import QuantisedLinear
+
+    sizes, seen = {}, set()
+
+    def look(value):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, PackedLinear):
+            sizes[value.packed.ctypes.data] = value.packed.nbytes
+        elif isinstance(value, QuantisedLinear):
+            sizes.update({array.ctypes.data: array.nbytes for array in value.weight.arrays().values()})
+        elif isinstance(value, Quantised):
+            sizes.update({array.ctypes.data: array.nbytes for array in value.arrays().values()})
+        elif isinstance(value, (list, tuple)):
+            list(map(look, value))
+        elif isinstance(value, dict):
+            list(map(look, value.values()))
+        elif type(value).__module__.startswith("paddlemix.") and hasattr(value, "__dict__"):
+            look(vars(value))
+
+    for layer in model.sublayers(include_self=True):
+        look(layer)
+        for parameter in layer._parameters.values():
+            if parameter is not None and parameter._is_initialized():
+                sizes[parameter.data_ptr()] = parameter.size * parameter.element_size()
+    return sum(sizes.values())
+
+
+def loading_table(spec, kinds):
+    """The rows of loading, in Markdown; figures in MB."""
+    yield "| weights | load | weights | KV cache | activations | peak | of their sum |"
+    yield "|---|---|---:|---:|---:|---:|---:|"
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as folder:
+            for way in ("first", "mapped"):
+                each = {**spec, "weights": None if kind == spec["dtype"] else kind}
+                row = run_child(["--load", json.dumps(each)], spec["threads"], {"XDG_CACHE_HOME": folder})
+                activations = row["working"] - row["cache"] + row["scratch"]
+                figures = row["weights"], row["cache"], activations, row["peak"]
+                shown = " | ".join(f"{figure / 1e6:,.1f}" for figure in figures)
+                yield f"| {kind} | {way} | {shown} | {row['peak'] / sum(figures[:3]):.3f} |"
+
+
+def run_child(arguments, threads, environment=()):
+    """The JSON that this script prints when it is started with ``arguments``.
+
+    Raises:
+        UserError: it failed.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(sides.HERE.parent), **dict(environment)}
+    done = subprocess.run([sys.executable, __file__, *arguments], env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: "))
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def table(result):
     """The rows of one conversation, in Markdown; figures in MB."""
     yield "| round | positions | KV cache | picture features | all tensors of the session | resident after it | peak |"
@@ -106,7 +213,9 @@ def parse_arguments():
     add("--answer", type=int, default=32, help="tokens of each answer (default: %(default)s)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     add("--save", action="store_true", help="also write benchmarks/results/DATE-memory.md")
+    add("--only-loading", action="store_true", help="leave the conversations out")
     add("--case", nargs=2, help=argparse.SUPPRESS)
+    add("--load", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds < 1 or options.answer < 1 or options.threads < 1:
         parser.error("--rounds, --answer and --threads must be at least 1")
@@ -118,17 +227,21 @@ def main():
     options = parse_arguments()
     if options.case:
         return hold_conversation(options.case[0], json.loads(options.case[1]))
+    if options.load:
+        return load_and_answer(json.loads(options.load))
     spec = {name: getattr(options, name) for name in ("dtype", "engine", "rounds", "answer", "threads")}
     spec["directory"] = str(sides.checkpoint_directory(options.model))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads), "PYTHONPATH": str(sides.HERE.parent)}
-    sections, versions = [], {}
-    for case in CASES:
+    dtype = "bfloat16" if has_bfloat16() else "float32"
+    loading = {
+        "directory": spec["directory"], "dtype": dtype, "threads": options.threads, "parts": "language,projector,vision",
+        "tiles": 1, "prompt": 512, "answer": options.answer,
+    }  # fmt: skip
+    print(f"{options.model} loading", file=sys.stderr)
+    heading = f"Weights of {options.model}, an answer about one tile; peak is above the memory just before loading."
+    sections, versions = ["", "## Loading", "", heading, "", *loading_table(loading, [dtype, "int8", "int4"])], {}
+    for case in () if options.only_loading else CASES:
         print(f"{options.model} {case}", file=sys.stderr)
-        command = [sys.executable, __file__, "--case", case, json.dumps(spec)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1].removeprefix("error: "))
-        result = json.loads(done.stdout.splitlines()[-1])
+        result = run_child(["--case", case, json.dumps(spec)], options.threads)
         versions |= result["versions"]
         loading = f"Loading the model peaks at {result['loaded'] / 1e6:,.1f} MB ({result['engine']} engine, {result['dtype']})."
         sections += ["", f"## {options.model}, {case}", "", loading, "", *table(result), "", growth(result)]

@@ -30,7 +30,7 @@ from paddlemix.models.internvl2.checkpoint import weight_table
 
 HERE = Path(__file__).resolve().parent
 MODELS = {"demo": HERE.parent / "paddlemix" / "demo_model", "1b": HERE / "internvl2-1b"}
-INSTALL = "pip install torch==2.13.0 'transformers>=4.57,<5'"
+INSTALL = "make bench-torch, or pip install torch==2.13.0 'transformers>=4.57,<5'"
 
 
 def checkpoint_directory(name, layers=None):
@@ -83,7 +83,7 @@ def open_side(side, spec):
     if side == "ours":
         from paddle_internvl import PaddleInternVL
 
-        return PaddleInternVL(*arguments, spec["engine"])
+        return PaddleInternVL(*arguments, spec["engine"], spec.get("weights"), spec.get("activations"))
     from torch_internvl import TorchInternVL
 
     return TorchInternVL(*arguments)
@@ -105,7 +105,9 @@ def add_arguments(add, save):
 
     add("--repeat", type=int, default=3, help="processes for each side; medians are shown (default %(default)s)")
     add("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side (default: all cores)")
-    add("--torch-python", default=sys.executable, metavar="PYTHON", help="the Python that has torch and transformers")
+    bench = HERE.parent / ".venv" / "bench" / "bin" / "python"
+    add("--torch-python", default=str(bench) if bench.exists() else sys.executable, metavar="PYTHON",
+        help="the Python that has torch and transformers (default: that of `make bench-torch`, or else this one)")  # fmt: skip
     add("--save", action="store_true", help=f"also write benchmarks/results/DATE-{save}.md")
     add("--side", nargs=2, help=argparse.SUPPRESS)
 
@@ -129,14 +131,18 @@ def has_torch(python):
 
 def start_side(script, side, python, spec):
     """Measure a side in a process of its own; return its result, or ``{"error": why there is none}``."""
+    return start_command([python, script, "--side", side, json.dumps(spec)], spec["threads"])
+
+
+def start_command(command, threads):
+    """The last line that a command prints, as JSON, or ``{"error": why there is none}``."""
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(spec["threads"]),
+        "OMP_NUM_THREADS": str(threads),
         "PYTHONPATH": str(HERE.parent),
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [python, script, "--side", side, json.dumps(spec)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -7,6 +7,7 @@ faster. Nothing is compiled. A training step is the models' own loss and torch's
 
 import json
 import re
+import statistics
 import time
 from pathlib import Path
 
@@ -152,19 +153,20 @@ class TorchInternVL:
     def _step(self, cache, **inputs):
         logits = self.llm(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = logits[:, -1].argmax(-1, keepdim=True)
-        token.item()  # generation looks at each token
+        token.tolist()  # generation looks at each token
         return token
 
     @torch.inference_mode()
     def generate(self, ids, steps):
-        """Seconds of prefill up to the first token, and of ``steps`` decode steps after it."""
+        """Seconds of prefill up to the first token, and the median of ``steps`` decode steps after it."""
         embeds = self.llm.get_input_embeddings()(torch.from_numpy(ids))
         start = time.perf_counter()
         token, cache = self._prefill(embeds, steps)
-        first = time.perf_counter()
+        times = [time.perf_counter()]
         for _ in range(steps):
             token = self._step(cache, input_ids=token)
-        return first - start, time.perf_counter() - first
+            times.append(time.perf_counter())
+        return times[0] - start, statistics.median(later - earlier for earlier, later in zip(times, times[1:]))
 
     @torch.inference_mode()
     def first_token(self, pixels, ids, context_id):

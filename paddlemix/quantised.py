@@ -16,7 +16,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-__all__ = ["BITS", "BLOCK", "GROUPS", "PARTS", "Quantised", "bytes_per_value", "joined", "pack", "quantise", "unpack"]
+__all__ = [
+    "BITS",
+    "BLOCK",
+    "GROUPS",
+    "PARTS",
+    "Quantised",
+    "bytes_per_value",
+    "joined",
+    "pack",
+    "quantise",
+    "rounded_activations",
+    "rounds_activations",
+    "unpack",
+]
 
 BLOCK = 64
 GROUPS = (32, 64, 128)  # inputs of a group
@@ -181,6 +194,23 @@ def _fit4(values):
 
 def _positive(scales):
     return np.maximum(scales, np.float16(2e-7))  # of a group so much smaller than its row that float16 has no number for it
+
+
+def rounds_activations(bits, group):
+    """Whether activations can have 8 bits beside codes of such bits and groups: not where half a block of 4 bits is a group."""
+    return bits == 8 or group >= BLOCK
+
+
+def rounded_activations(x, group):
+    """Activations ``[..., in]`` as 8 bits leave them, float32: whole numbers up to 127 times a scale for each ``group`` inputs,
+    the largest of a group keeping its value."""
+    width = padded(x.shape[-1], group)
+    groups = np.zeros([*x.shape[:-1], width], np.float32)
+    groups[..., : x.shape[-1]] = x
+    groups = groups.reshape([*x.shape[:-1], -1, group])
+    top = np.abs(groups).max(-1, keepdims=True)
+    values = np.rint(groups * (np.float32(127) / np.where(top > 0, top, 1))) * (top / np.float32(127))
+    return values.reshape([*x.shape[:-1], width])[..., : x.shape[-1]]
 
 
 def joined(parts):

@@ -38,7 +38,8 @@ def load_model(settings, number=0):
 
         if settings.adapters or settings.scales:
             raise ConfigError(f"{directory} is an InternVL-Chat-LLaVA model: it is evaluated with its own weights alone")
-        weights = {name: getattr(settings, name) for name in ("weight_dtype", "quantize_parts", "kv_cache_dtype")}
+        names = ("weight_dtype", "quantize_parts", "kv_cache_dtype", "activation_dtype")
+        weights = {name: getattr(settings, name) for name in names}
         model = internvl_llava.LlavaForCausalLM.from_pretrained(directory, dtype=settings.dtype, **weights)
         return LlavaModel(model, internvl_llava.load_tokenizer(directory), settings)
     from paddlemix.models.internvl2 import load_tokenizer
@@ -67,8 +68,7 @@ def _internvl(directory, settings):
         from paddlemix.models.minimonkey import MiniMonkeyChatModel as kind
     if settings.weight_dtype:
         more = {"weight_dtype": settings.weight_dtype, "quantize_parts": settings.quantize_parts}
-    if settings.kv_cache_dtype:
-        more["kv_cache_dtype"] = settings.kv_cache_dtype
+    more |= {name: getattr(settings, name) for name in ("kv_cache_dtype", "activation_dtype") if getattr(settings, name)}
     if settings.tensor_parallel != 1:
         if settings.scales or settings.adapters:
             raise ConfigError("--tensor_parallel divides InternVL 1.1 to 3.5 with weights of their own: leave it out here")

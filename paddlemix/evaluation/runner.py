@@ -48,6 +48,7 @@ class Settings:
     weight_dtype: str | None = None
     quantize_parts: str | None = None
     kv_cache_dtype: str | None = None
+    activation_dtype: str | None = None
     scales: str | None = None
     ray: str | None = None
     tensor_parallel: int | str = 1
@@ -158,7 +159,7 @@ def _known(task, settings, found, digest):
         "dtype": settings.dtype,
         "weight_dtype": settings.weight_dtype,
         **({"quantize_parts": settings.quantize_parts} if settings.quantize_parts else {}),
-        **({"kv_cache_dtype": settings.kv_cache_dtype} if settings.kv_cache_dtype else {}),
+        **{name: getattr(settings, name) for name in ("kv_cache_dtype", "activation_dtype") if getattr(settings, name)},
         "dynamic": settings.dynamic,
         "max_num": settings.max_num or task.max_num,
         "scales": settings.scales,

@@ -54,6 +54,8 @@ int dnnl_primitive_execute(const void* primitive, void* stream, int count, const
 int dnnl_primitive_destroy(void* primitive);
 }
 
+inline std::atomic<int64_t> scratch_bytes{0};  // of all threads and files
+
 namespace {
 
 enum DataType { kBF16 = 2, kF32 = 3 };                                  // dnnl_data_type_t
@@ -112,12 +114,16 @@ struct Scratch {
     if (bytes > size) {
       std::free(data);
       data = std::aligned_alloc(4096, bytes);
+      scratch_bytes += int64_t(data ? bytes : 0) - int64_t(size);
+      size = data ? bytes : 0;
       if (!data) throw std::bad_alloc();
-      size = bytes;
     }
     return static_cast<T*>(data);
   }
-  ~Scratch() { std::free(data); }
+  ~Scratch() {
+    std::free(data);
+    scratch_bytes -= int64_t(size);
+  }
 };
 
 void* engine() {

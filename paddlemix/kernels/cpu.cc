@@ -251,6 +251,8 @@ void linear_memory(const Linear* linear, const void** data, int64_t* size) {
   *data = linear->data, *size = int64_t(dnnl_memory_desc_get_size(linear->md));
 }
 
+int64_t scratch_memory() { return scratch_bytes; }
+
 void linear_destroy(Linear* linear) { delete linear; }
 
 const char* linear_run(int threads, const Linear* linear, const float* x, int64_t m, const float* norm_weight,

@@ -36,7 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "quantised.cc", "decoder.cc")]
-HEADERS = [Path(__file__).with_name("common.h")]
+HEADERS = [Path(__file__).with_name(name) for name in ("common.h", "rounded.h")]
 FLAGS = "-std=c++17 -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
 # PADDLEMIX_CPU=avx2 leaves out what newer processors have, to see what older ones would do.
 AVX2_ONLY = os.environ.get("PADDLEMIX_CPU", "").lower() == "avx2"
@@ -208,6 +208,7 @@ def _open(path):
         function = getattr(library, name)
         function.argtypes, function.restype = [_int, *arguments], ctypes.c_char_p
     library.linear_destroy.argtypes, library.linear_destroy.restype = [_pointer], None
+    library.scratch_memory.argtypes, library.scratch_memory.restype = [], _long
     library.linear_memory.argtypes, library.linear_memory.restype = [_pointer, *[ctypes.POINTER(_pointer)], _pointer], None
     return library
 
@@ -250,6 +251,11 @@ def available(dtype="bfloat16"):
 @functools.cache
 def _warn_once(message):
     warnings.warn(message, RuntimeWarning, stacklevel=3)
+
+
+def scratch_memory():
+    """Bytes that the kernels' threads keep for what is between their products."""
+    return _library().scratch_memory()
 
 
 def has_bfloat16():

@@ -15,7 +15,7 @@ _pointer, _long = ctypes.c_void_p, ctypes.c_int64
 
 class _Weights(ctypes.Structure):
     _fields_ = [
-        *((name, _long) for name in ("k", "n", "padded", "group", "bits", "dtype")),
+        *((name, _long) for name in ("k", "n", "padded", "group", "bits", "dtype", "activations")),
         *((name, _pointer) for name in ("codes", "scales", "zeros", "factors", "bias", "order")),
     ]
 
@@ -27,9 +27,11 @@ class QuantisedLinear:
         weight: a :class:`paddlemix.quantised.Quantised`; its arrays may be mapped files.
         bias: ``[out]`` float32 tensor or None.
         dtype: of the products of many rows, ``bfloat16`` or ``float32``. Few rows are rounded to 16 bits a group.
+        activations: ``int8`` to round all rows to 8 bits a group, :func:`paddlemix.quantised.rounded_activations`; codes of 4
+            bits in groups of 32 do without.
     """
 
-    def __init__(self, weight, bias=None, dtype="float32"):
+    def __init__(self, weight, bias=None, dtype="float32", activations=None):
         arrays = {name: np.ascontiguousarray(array) for name, array in weight.arrays().items()}
         if bias is not None:
             arrays["bias"] = np.ascontiguousarray(bias.numpy() if hasattr(bias, "numpy") else bias, np.float32)
@@ -41,6 +43,7 @@ class QuantisedLinear:
         width = quantised.padded(weight.inputs, weight.group)
         self.handle = _Weights(
             weight.inputs, weight.outputs, width, weight.group, weight.bits, DTYPES[dtype],
+            8 if activations == "int8" else 16,
             *(addresses.get(name) for name in ("codes", "scales", "zeros", "factors", "bias", "order")),
         )  # fmt: skip
         self.address = ctypes.addressof(self.handle)

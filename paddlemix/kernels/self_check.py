@@ -3,6 +3,9 @@
 import numpy as np
 import paddle
 
+from paddlemix import quantised
+from paddlemix.quantised import rounded_activations
+
 from .cpu import Norm, PackedLinear, Unavailable, attention, has_bfloat16, mlp, rotate_and_cache
 
 
@@ -13,6 +16,8 @@ def self_check(dtype):
         Unavailable: the machine lacks something, or a result is wrong.
         MemoryError: there is no room for the check.
     """
+    from .quantised import QuantisedLinear, quantise  # which ask this module's kernels
+
     bytearray(64 << 20)  # NumPy's OpenBLAS tries for ever to get its 32 MB where there are none: MemoryError here instead
     if dtype == "bfloat16" and not has_bfloat16():
         raise Unavailable("this CPU has no bfloat16 instructions")
@@ -21,9 +26,9 @@ def self_check(dtype):
     def normal(*shape):
         return rng.standard_normal(shape, dtype=np.float32)
 
-    def check(name, got, expected):
+    def check(name, got, expected, allowed=0):
         error = np.abs(got.numpy() - expected).max() / np.abs(expected).max()
-        if not error < {"bfloat16": 0.015, "float32": 1e-4}[dtype]:  # also when it is not a number
+        if not error < max(allowed, {"bfloat16": 0.015, "float32": 1e-4}[dtype]):  # also when it is not a number
             raise Unavailable(f"{name} is off by {error:.1e}, which would give wrong answers")
 
     def silu(x):
@@ -48,6 +53,19 @@ def self_check(dtype):
         check("linear", with_bias(tensor, layer_norm, "silu", paddle.to_tensor(residual)), linear)
         gated = x + (silu(rms_normed @ weights["gate"]) * (rms_normed @ weights["up"])) @ weights["down"]
         check("gated MLP", mlp(tensor, packed["up"], packed["down"], packed["gate"], rms_norm, "silu", tensor), gated)
+
+    for bits in (8, 4):
+        kinds = {name: quantise(np.ascontiguousarray(w.T), bits) for name, w in weights.items()}
+        gate, up, down = (kinds[name].dequantised().T for name in ("gate", "up", "down"))
+        for rows, activations in ((3, None), (3, "int8"), (40, None), (40, "int8")):
+            layers = {name: QuantisedLinear(weight, None, dtype, activations) for name, weight in kinds.items()}
+            x = normal(rows, width)
+            seen = rounded_activations(x, quantised.BLOCK) if activations else x
+            hidden_rows = silu(seen @ gate) * (seen @ up)
+            seen = rounded_activations(hidden_rows, quantised.BLOCK) if activations else hidden_rows
+            got = mlp(paddle.to_tensor(x), layers["up"], layers["down"], layers["gate"], None, "silu")
+            # A number on the border between two may be rounded to either.
+            check("MLP in few bits", got, seen @ down, 0.01 if activations else 0)
 
     for tokens, length, causal in ((700, 700, False), (300, 820, True), (1, 70, True)):
         capacity, start = 840, length // 8

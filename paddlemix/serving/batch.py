@@ -75,7 +75,7 @@ def settings_of(args, digest):
     from paddlemix.checkpoints.hub import resolve
 
     names = "dtype max_num num_segments max_model_len max_images seed load_8bit load_4bit quantize_parts thinking".split()
-    names += ["kv_cache_dtype"]
+    names += ["kv_cache_dtype", "activation_dtype"]
     names += ["minimonkey", "no_scm", "tiling"]
     adapters = {name: model_digest(folder) for name, folder in args.lora_modules}
     return {

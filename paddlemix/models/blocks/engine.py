@@ -159,7 +159,7 @@ def _pack_quantised(layer, dtype, scale, columns):
     if scale is not None:
         scale = scale.astype("float32").numpy()
         weight, bias = weight.scaled(scale), None if bias is None else bias * scale
-    return quantised_kernels.QuantisedLinear(weight, bias, dtype)
+    return quantised_kernels.QuantisedLinear(weight, bias, dtype, layer.activations)
 
 
 class _Norm(nn.Layer):

@@ -39,7 +39,12 @@ class QuantisedLinear(Linear):
     Args:
         layer: the layer that it stands for; its bias is taken over.
         bits: of a weight that comes in floating point.
+
+    Attributes:
+        activations: ``int8`` where the inputs are rounded too, else None; see :func:`round_activations`.
     """
+
+    activations = None
 
     def __init__(self, layer, bits):
         nn.Layer.__init__(self)  # not Linear's, which would allocate a weight
@@ -70,7 +75,10 @@ class _Product(PyLayer):
     def forward(ctx, x, layer):
         ctx.layer, ctx.dtype = layer, x.dtype
         weight = layer.plain()
-        return paddle.matmul(weight.sorted(x), weight.dequantised(x.dtype), transpose_y=True)
+        rows = weight.sorted(x)
+        if layer.activations is not None:
+            rows = weight.rounded(rows)
+        return paddle.matmul(rows, weight.dequantised(x.dtype), transpose_y=True)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -86,7 +94,7 @@ class PlainWeight:
 
     def __init__(self, weight):
         codes = quantised.unpack(weight.codes, weight.bits)
-        self.inputs, self.bits, self.order = weight.inputs, weight.bits, None
+        self.inputs, self.bits, self.group, self.order = weight.inputs, weight.bits, weight.group, None
         if weight.bits == 4:
             half = codes.shape[1] // 2
             codes = (codes[:, :half] | codes[:, half:] << 4).astype("uint8")
@@ -110,6 +118,21 @@ class PlainWeight:
             values = values + self.shifts.astype("float32")
         values = (values * (self.scales.astype("float32") * self.factors)).reshape([out, -1])
         return (values if values.shape[1] == self.inputs else values[:, : self.inputs]).astype(dtype)
+
+    def rounded(self, x):
+        """``x [..., in]``, sorted, as :func:`paddlemix.quantised.rounded_activations` leaves it."""
+        if not quantised.rounds_activations(self.bits, self.group):
+            return x
+        width = quantised.padded(self.inputs, self.group)
+        values = x.astype("float32")
+        if width != self.inputs:
+            filler = paddle.zeros([*x.shape[:-1], width - self.inputs])
+            values = paddle.concat([values, filler], axis=-1)
+        groups = values.reshape([-1, width // self.group, self.group])
+        scale = paddle.max(paddle.abs(groups), axis=-1, keepdim=True) * (1 / 127)
+        scale = paddle.maximum(scale, paddle.full([1], 1e-30))
+        values = (paddle.round(groups / scale) * scale).reshape([*x.shape[:-1], width])
+        return (values if width == self.inputs else values[..., : self.inputs]).astype(x.dtype)
 
     def sorted(self, x):
         """``x [..., in]`` in the order of the groups."""
@@ -219,6 +242,25 @@ def prepare(model, weight_dtype=None, parts=None, packed=()):
         warnings.warn(
             "weights in few bits are slow without the CPU kernels: install g++ to make them several times as fast", stacklevel=3
         )
+
+
+def round_activations(model, dtype):
+    """Let what meets weights in few bits be rounded too, each group of a token's inputs by itself: ``int8``, or None for not.
+
+    Raises:
+        ConfigError: it is not known, or not for this model or device.
+    """
+    if dtype is None:
+        return
+    if dtype != "int8":
+        raise ConfigError(f"activation_dtype is '{dtype}': it must be int8, or None for activations as they are")
+    layers = [layer for layer in model.sublayers() if isinstance(layer, QuantisedLinear)]
+    if not layers:
+        raise ConfigError("activation_dtype int8 is for weights in few bits: add --load_8bit or --load_4bit (weight_dtype)")
+    if not device.is_cpu():
+        raise ConfigError("activations in 8 bits are for CPU: leave out --activation_dtype here")
+    for layer in layers:
+        layer.activations = dtype
 
 
 def prepare_adapted(model, weight_dtype, dtype, tower="language_model"):

@@ -15,7 +15,7 @@ from paddlemix.models.blocks.lora import merge_lora
 from paddlemix.models.blocks.losses import CausalLMOutput, causal_loss, chunked_causal_loss
 from paddlemix.models.blocks.packs import Packs
 from paddlemix.models.blocks.projector import Projector, pixel_shuffle
-from paddlemix.models.blocks.quantising import load_quantised
+from paddlemix.models.blocks.quantising import load_quantised, round_activations
 from paddlemix.models.blocks.router import CompactProjector, Gate, Pooling, RoutedTiles, decide
 
 from .configuration import InternVLChatConfig
@@ -57,6 +57,7 @@ class InternVLChatModel(ChatModel):
         tensor_parallel=1,
         learning=False,
         kv_cache_dtype=None,
+        activation_dtype=None,
     ):
         """Load a published checkpoint, or one that was saved here.
 
@@ -73,6 +74,7 @@ class InternVLChatModel(ChatModel):
             learning: whether the model is to learn: with ``weight_dtype`` adapters alone, and only the language model's weights
                 under these are in few bits.
             kv_cache_dtype: ``int8`` to keep keys and values in 8 bits, on CPU; None for the engine's own dtype.
+            activation_dtype: ``int8`` to round what meets weights in few bits too, on CPU, token by token; None for not.
 
         Raises:
             ConfigError, CheckpointError: the directory does not hold a complete checkpoint of a supported model.
@@ -85,8 +87,9 @@ class InternVLChatModel(ChatModel):
             from . import ranks  # nobody else pays for it
 
             weights = weight_dtype, quantize_parts
-            if kv_cache_dtype:
-                raise ConfigError("keys and values in 8 bits are not divided: leave out --kv_cache_dtype or --tensor_parallel")
+            for flag, value in (("kv_cache_dtype", kv_cache_dtype), ("activation_dtype", activation_dtype)):
+                if value:
+                    raise ConfigError(f"{flag} {value} is for one process: leave out --{flag} or --tensor_parallel")
             if (found := ranks.load(cls, source, dtype, engine, keep, tensor_parallel, weights)) is not None:
                 return found
         with paddle.LazyGuard():  # published sizes take minutes to fill with random numbers that nobody needs
@@ -96,6 +99,7 @@ class InternVLChatModel(ChatModel):
         packed = None if packs is None else packs.look
         model.keep_cache_in(kv_cache_dtype)
         load_quantised(model, source, dtype, keep, weight_dtype, quantize_parts, learning, packed=packed)
+        round_activations(model, activation_dtype)
         model.eval()
         if engine == "inference":
             merge_lora(model)

@@ -16,7 +16,7 @@ from paddlemix.models.blocks.engine import choose, fuse
 from paddlemix.models.blocks.layers import count_parameters
 from paddlemix.models.blocks.lora import merge_lora, peft_scales
 from paddlemix.models.blocks.projector import MLPProjector
-from paddlemix.models.blocks.quantising import check_choice, quantise_model
+from paddlemix.models.blocks.quantising import check_choice, quantise_model, round_activations
 
 from . import checkpoint as files
 from .configuration import LlavaConfig
@@ -51,6 +51,7 @@ class LlavaForCausalLM(ChatModel):
         weight_dtype=None,
         quantize_parts=None,
         kv_cache_dtype=None,
+        activation_dtype=None,
     ):
         """Load a checkpoint in any of its three forms.
 
@@ -62,7 +63,7 @@ class LlavaForCausalLM(ChatModel):
             engine: ``eager``, ``inference`` or ``auto``; see :mod:`~paddlemix.models.blocks.engine`.
             keep: see :func:`~paddlemix.checkpoints.checkpoint.load_checkpoint`.
             merge: whether adapters become part of the weights.
-            weight_dtype, quantize_parts, kv_cache_dtype: as of
+            weight_dtype, quantize_parts, kv_cache_dtype, activation_dtype: as of
                 :meth:`~paddlemix.models.internvl2.InternVLChatModel.from_pretrained`.
 
         Raises:
@@ -113,6 +114,7 @@ class LlavaForCausalLM(ChatModel):
             merge_lora(model)
         if weight_dtype is not None:
             quantise_model(model, weight_dtype, quantize_parts)
+        round_activations(model, activation_dtype)
         if engine == "inference":
             fuse(model, dtype)
         return model
