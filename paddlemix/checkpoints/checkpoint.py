@@ -8,6 +8,7 @@ Nothing here needs Paddle except :func:`load_checkpoint` and :func:`take_over`, 
 
 import itertools
 import math
+import mmap
 import os
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -32,7 +33,10 @@ __all__ = [
 ]
 
 
-def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None):
+_LARGE = 1 << 20  # bytes
+
+
+def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None, sinks=None):
     """Read a checkpoint in either layout, a few blocks at a time.
 
     Args:
@@ -44,6 +48,9 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
         skip: names of parameters that are not read.
         shares: called with a parameter's name; the :class:`~.contents.Share` of it that is wanted, None for all of it, or
             ``NOTHING``. None wants all of all.
+        sinks: called with the name and shape ``[out, in]`` of one of ``quantised``: what takes its rows as they are read, by
+            ``put(first output, rows)``, and then comes in the place of its array. Not where its rows are not outputs. None for
+            none.
 
     Yields:
         ``(name, array)`` for every parameter as soon as it is complete, in no particular order. Arrays have the
@@ -69,6 +76,7 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
     arrays, turned = {}, set()
     wanted = checkpoint.sources if shares is None else list(_shared(checkpoint.sources, shares))
     unread = Counter(source.weight.name for source in wanted)
+    whole = {source.weight.name for source in wanted if source.by_columns or source.is_share or source.part.index is not None}
     for name, sources in by_parameter(checkpoint.sources, packed - set(skip)).items():
         with OpenFiles() as files:
             yield name, _joined(sources[0].weight, sources, files)
@@ -78,6 +86,10 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
             weight, target = source.weight, targets.get(source.weight.name, dtype)
             if weight.name not in arrays:
                 turn = weight.name in targets and weight.linear
+                if sinks is not None and weight.name in targets and weight.name not in whole:
+                    arrays[weight.name] = sinks(weight.name, weight.shape[::-1] if turn else weight.shape)
+                    yield source, files.get(source.location), arrays[weight.name], target
+                    continue
                 array = aligned_empty(weight.shape[::-1] if turn else weight.shape, ARRAY_DTYPES[target])
                 arrays[weight.name] = array.T if turn else array
                 turned.update([weight.name] if turn else [])
@@ -140,8 +152,10 @@ def _in_background(pool, function, calls, ahead=8):
 
 
 def aligned_empty(shape, dtype, alignment=64):
-    """Like ``np.empty``, at an address that suits vector loads."""
+    """Like ``np.empty``, at an address that suits vector loads; what is large goes back to the system once nobody needs it."""
     size = math.prod(shape) * dtype.itemsize
+    if size >= _LARGE:
+        return np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
     buffer = np.empty(size + alignment, np.uint8)
     start = -buffer.ctypes.data % alignment
     return buffer[start : start + size].view(dtype).reshape(shape)
@@ -165,7 +179,8 @@ def load_checkpoint(model, directory, dtype, keep=None, shares=None, skip=()):
     """
     parameters, quantised = model.state_dict(), getattr(model, "quantised_layers", {})
     there = {name for name, layer in quantised.items() if layer.quantised is not None}  # from the cache
-    for name, array in read_parameters(model.config, directory, dtype, quantised, there.union(skip), shares):
+    sinks = None if shares is not None else lambda name, shape: quantised[name].rows(shape)
+    for name, array in read_parameters(model.config, directory, dtype, quantised, there.union(skip), shares, sinks):
         if name in quantised:
             quantised[name].take(array)
             continue

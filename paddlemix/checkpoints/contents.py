@@ -21,10 +21,11 @@ from . import mxfp4, packed
 from .files import find_weight_files, fingerprint, name_some, open_weight_file
 from .hf_names import STACKED, is_hf, normalised
 from .names import Part, Weight, head_name
-from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype
+from .tensors import ARRAY_DTYPES, DTYPES, blocks, convert_dtype, row_count
 
 LAYOUTS = ("torch", "paddle", "hf")
 
+_SINK_BYTES = 2 << 20  # of rows in float32 that a sink gets at a time
 _BUFFERS = re.compile(r"(^|\.)(rotary_emb\.\w+|position_ids)$")  # computed, not learned; some old files have them
 _PADDLENLP_BASE = re.compile(r"^language_model\.(?:qwen2|llama)\.")  # what PaddleNLP calls `model`
 
@@ -366,10 +367,16 @@ def converted(name, array, source, target):
 
 
 def fill(source, stored, array, dtype):
-    """Put a published tensor in its place in the parameter ``array``; return the parameter's name."""
+    """Put a published tensor in its place in the parameter ``array``, or into a sink; return the parameter's name."""
     _, weight, part, by_columns, _, is_share = source
     if is_share:
         _fill_share(source, stored, array, dtype)
+        return weight.name
+    if not isinstance(array, np.ndarray):
+        for start, stop in blocks(row_count(stored.shape), max(1, _SINK_BYTES // (4 * math.prod(stored.shape[1:])))):
+            rows = converted(part.name, stored.read(start, stop), stored.dtype, dtype)
+            for row, output in clip(part.runs, start, stop):
+                array.put(output.start, rows[row])
         return weight.name
     outputs = array.T if weight.linear else array.reshape([-1]) if not array.ndim else array
     for start, stop, rows in _blocks_of(part, stored):

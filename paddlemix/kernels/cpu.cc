@@ -16,11 +16,23 @@ struct Linear {
   void* md = nullptr;
   void* data = nullptr;
   float* bias = nullptr;
-  bool owned = true;
+  size_t mapped = 0;  // bytes at data that are this layer's own
   ~Linear() {
     if (md) dnnl_memory_desc_destroy(md);
-    if (owned) std::free(data);
+    if (mapped) munmap(data, mapped);
     delete[] bias;
+  }
+  // Room for the weights, apart from what malloc has and keeps; in huge pages but for the end, of which nothing more is taken.
+  void allocate(size_t size) {
+    constexpr size_t kHuge = 1 << 21;
+    const size_t bytes = round_up(size, 4096), whole = bytes + kHuge;
+    char* base = static_cast<char*>(mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base == MAP_FAILED) throw std::bad_alloc();
+    char* start = reinterpret_cast<char*>(round_up(reinterpret_cast<int64_t>(base), kHuge));
+    if (start > base) munmap(base, start - base);
+    if (base + whole > start + bytes) munmap(start + bytes, base + whole - (start + bytes));
+    data = start, mapped = bytes;
+    madvise(data, size / kHuge * kHuge, MADV_HUGEPAGE);
   }
 };
 
@@ -223,18 +235,15 @@ const char* linear_create(int threads, const void* weight, int weight_type, int6
     dnnl_primitive_desc_destroy(pd);
     dnnl_memory_desc_destroy(any), dnnl_memory_desc_destroy(src), dnnl_memory_desc_destroy(dst);
 
-    const size_t size = dnnl_memory_desc_get_size(linear->md), page = size < 1 << 21 ? 1 << 12 : 1 << 21;
+    const size_t size = dnnl_memory_desc_get_size(linear->md);
     if (bias) linear->bias = static_cast<float*>(std::memcpy(new float[n], bias, n * sizeof(float)));
     if (packed) {
       dnnl_primitive_attr_destroy(attr);
       if (size_t(packed) != size) throw std::runtime_error("packed weights of another size");
-      linear->data = const_cast<void*>(weight), linear->owned = false;
+      linear->data = const_cast<void*>(weight);
       return;
     }
-    const size_t bytes = round_up(size, page);
-    linear->data = std::aligned_alloc(page, bytes);
-    if (!linear->data) throw std::bad_alloc();
-    madvise(linear->data, bytes, MADV_HUGEPAGE);
+    linear->allocate(size);
     src = strided(k, n, weight_type, row_stride, column_stride);
     check(dnnl_reorder_primitive_desc_create(&pd, src, engine(), linear->md, engine(), attr), "reorder");
     check(dnnl_primitive_create(&reorder, pd), "reorder");

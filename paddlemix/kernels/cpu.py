@@ -310,14 +310,18 @@ class PackedLinear:
         weight: ``[in, out]``, or ``[out, in]`` with ``transposed``; float32 or bfloat16.
         bias: ``[out]`` float32, or None.
         dtype: dtype of weights and products, ``bfloat16`` or ``float32``; sums are float32 in both.
+        outputs: a slice of those that the layer has; None for all. Not with ``transposed``.
     """
 
-    def __init__(self, weight, bias=None, dtype="bfloat16", transposed=False):
+    def __init__(self, weight, bias=None, dtype="bfloat16", transposed=False, outputs=None):
         weight = weight.contiguous()
         source = {paddle.bfloat16: 2, paddle.float32: 3}[weight.dtype]
         rows, columns = weight.shape
-        shape, strides = ((columns, rows), (1, columns)) if transposed else ((rows, columns), (columns, 1))
-        self._create(weight.data_ptr(), source, shape, strides, bias, dtype)
+        shape, strides, first = ((columns, rows), (1, columns), 0) if transposed else ((rows, columns), (columns, 1), 0)
+        if outputs is not None:
+            first, stop, step = outputs.indices(columns)
+            shape, strides = (rows, len(range(first, stop, step))), (columns, step)
+        self._create(weight.data_ptr() + first * weight.element_size(), source, shape, strides, bias, dtype)
 
     @classmethod
     def mapped(cls, packed, shape, bias=None, dtype="bfloat16"):

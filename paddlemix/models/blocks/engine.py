@@ -143,10 +143,17 @@ class _Packer:
             bias = None if bias is None else bias * scale
 
         def make():
-            weight = layer.weight if columns is None else layer.weight[:, columns]
-            return kernels.PackedLinear(weight if scale is None else weight.astype("float32") * scale, bias, self.dtype)
+            weight = layer.weight if scale is None else layer.weight.astype("float32") * scale
+            return kernels.PackedLinear(weight, bias, self.dtype, outputs=columns)
 
         return self._linear((inputs, outputs), bias, make)
+
+    def release(self, *layers):
+        """Give back the memory of layers that have been packed, before others are."""
+        for layer in layers:
+            weight = getattr(layer, "weight", None)
+            if weight is not None and weight._is_initialized():
+                weight._clear_data()
 
     def _linear(self, shape, bias, make):
         return make() if self.packs is None else self.packs.linear(shape, bias, self.dtype, make)
@@ -250,7 +257,9 @@ class _VisionLayer(nn.Layer):
         self.norm1, self.norm2 = _norm(layer.norm1), _norm(layer.norm2)
         self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_normalization else None
         self.qkv, self.proj = pack(attn.qkv), pack(attn.proj, layer.ls1)
+        pack.release(attn.qkv, attn.proj)
         self.fc1, self.fc2 = pack(mlp.fc1), pack(mlp.fc2, layer.ls2)
+        pack.release(mlp.fc1, mlp.fc2)
 
     def forward(self, x):
         tiles, tokens, width = x.shape
@@ -275,6 +284,7 @@ class _DecoderLayer(nn.Layer):
         # Of the last block's queries only those of the positions that are asked for are computed in a prompt.
         keys = slice(self.heads * attn.width, None)
         self.kv = pack(attn.qkv_proj, columns=keys) if is_last else None
+        pack.release(attn.qkv_proj, attn.o_proj)
         self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_norm else None
         self.window, self.sinks = attn.window, None if attn.sinks is None else attn.sinks.astype("float32")
         self.is_sparse = layer.is_sparse
@@ -360,7 +370,9 @@ class _GatedMLP:
         # gpt-oss has gate and up in turn.
         gate, up = (slice(0, hidden), slice(hidden, None)) if self.limit is None else (slice(0, None, 2), slice(1, None, 2))
         self.gate, self.up = (pack(product, columns=columns) for columns in (gate, up))
+        pack.release(product)
         self.down = pack(layer.down_proj)
+        pack.release(layer.down_proj)
 
     def __call__(self, x, norm):
         """``x + mlp(norm(x))``."""

@@ -10,6 +10,7 @@ bits.
 
 import contextlib
 import math
+import threading
 import warnings
 
 import numpy as np
@@ -55,6 +56,10 @@ class QuantisedLinear(Linear):
     def take(self, weight):
         """Hold a weight: a :class:`~paddlemix.quantised.Quantised`, or an array ``[out, in]`` to be rounded."""
         self.quantised, self._plain = rounded(weight, self.bits), None
+
+    def rows(self, shape):
+        """What :meth:`take` takes, for its rows to be put into as they are read: :class:`RoundedRows`."""
+        return RoundedRows(shape, self.bits)
 
     def product(self, x, linear, bias):
         """As :meth:`.layers.Linear.product`."""
@@ -170,6 +175,10 @@ class QuantisedEmbedding(nn.Layer):
         """As :meth:`QuantisedLinear.take`."""
         self.quantised = rounded(weight, self.bits)
 
+    def rows(self, shape):
+        """As :meth:`QuantisedLinear.rows`."""
+        return RoundedRows(shape, self.bits)
+
     def forward(self, ids):
         """``ids [B, N] -> [B, N, D]`` float32."""
         numbers = ids.numpy()
@@ -178,8 +187,36 @@ class QuantisedEmbedding(nn.Layer):
         return paddle.to_tensor(rows[places.reshape(-1)].reshape([*numbers.shape, -1]))
 
 
+class RoundedRows:
+    """A weight ``shape``, ``(out, in)``, that is rounded some rows at a time, so that it never is there in floating point.
+
+    Attributes:
+        whole: the :class:`~paddlemix.quantised.Quantised`, when all rows were put.
+    """
+
+    _one = threading.Lock()  # rounding has threads of its own
+
+    def __init__(self, shape, bits):
+        (out, inputs), self.bits = shape, bits
+        width = quantised.padded(inputs, quantised.BLOCK)
+        groups = [out, width // quantised.BLOCK]
+        self.whole = quantised.Quantised(
+            bits, inputs, quantised.BLOCK, np.empty([out, width * bits // 8], np.uint8), np.empty(groups, np.float16),
+            np.empty(groups, np.float16) if bits == 4 else None, np.empty(out, np.float32),
+        )  # fmt: skip
+
+    def put(self, first, rows):
+        """Round the rows from ``first`` on, as :func:`rounded` does."""
+        with self._one:
+            part = rounded(np.ascontiguousarray(rows), self.bits)
+        for name, array in part.arrays().items():
+            getattr(self.whole, name)[first : first + len(rows)] = array
+
+
 def rounded(weight, bits):
     """``weight`` as a :class:`~paddlemix.quantised.Quantised`: one, or an array ``[out, in]``, float32 or bits of bfloat16."""
+    if isinstance(weight, RoundedRows):
+        return weight.whole
     if isinstance(weight, quantised.Quantised):
         return weight
     if cpu.compiled() and cpu.available("float32"):
