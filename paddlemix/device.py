@@ -14,6 +14,7 @@ import paddle
 from paddlemix.errors import DeviceError
 
 DTYPES = ("float32", "bfloat16", "float16")
+_HALF = (paddle.bfloat16, paddle.float16)
 
 # The kind that the published training settings are for.
 PUBLISHED = "gpu"
@@ -24,8 +25,19 @@ _NPU_FLAGS = ("FLAGS_npu_storage_format", "FLAGS_npu_jit_compile", "FLAGS_npu_sc
 # Fused kernels by kind of device, then by function: Paddle's own for GPU, custom operators of the Ascend plug-in. The
 # functions that use them, and check that the plug-in has them, are in kernels/fused.py.
 _FUSED = {
-    "gpu": {"attention": "flash_attention", "norm": "rms_norm", "rope": "fused_rotary_position_embedding"},
-    "npu": {"attention": "flash_attention_npu", "norm": "rms_norm_npu", "rope": "fused_rope"},
+    "gpu": {
+        "attention": "flash_attention",
+        "norm": "rms_norm",
+        "add_norm": "fused_rms_norm",
+        "rope": "fused_rotary_position_embedding",
+        "linear": "fused_linear",
+    },
+    "npu": {
+        "attention": "flash_attention_npu",
+        "norm": "rms_norm_npu",
+        "rope": "fused_rope",
+        "linear": "fused_linear",
+    },
 }
 
 # Where users say which devices a program may see.
@@ -152,14 +164,17 @@ def resolve_dtype(dtype="auto"):
 
 
 def fused_kernel(function, dtype):
-    """Name of the fused kernel that the device in use may have for ``attention``, ``norm`` or ``rope``; None for none.
+    """Name of the fused kernel that the device in use may have for a function of ``kernels/fused.py``; None for none.
 
-    Attention kernels exist for half precision only, and on GPU from compute capability 8.0 (A100) on.
+    Attention kernels exist for half precision only, and on GPU from compute capability 8.0 (A100) on; a sum with its norm and
+    a product with its bias are worth the trouble in half precision alone.
     """
     kind = current()
     name = _FUSED.get(kind, {}).get(function)
+    if function in ("add_norm", "linear") and dtype not in _HALF:
+        return None
     if function == "attention" and name:
-        if dtype not in (paddle.bfloat16, paddle.float16):
+        if dtype not in _HALF:
             return None
         if kind == "gpu" and not supports_bfloat16():
             return None

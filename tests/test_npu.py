@@ -186,6 +186,20 @@ def test_a_collective_that_hangs_ends_the_run_with_step_and_name(npu, tmp_path):
     )
 
 
+def test_operators_of_a_block(npu):
+    """Plain, as on GPU and as on Ascend, with the fused kernels played on the stand-in. A write that goes through the CPU does
+    not show in what was reshaped before, so that the cache of a decode step is reshaped each time."""
+    found = {}
+    for name in ("npu:0", "cpu"):
+        rows = [line.strip("|").split("|") for line in run(["-m", "tests.kernels.fakes", name], npu)[0].splitlines()]
+        found[name] = {row[0].strip(): [int(n) for n in row[1:]] for row in rows[2:]}
+    assert len(found["cpu"]) == 4
+    for step, numbers in found["cpu"].items():
+        more = [2, 2, 2, 0] if step == "decode step" else [0] * 4
+        assert found["npu:0"][step] == [n + m for n, m in zip(numbers, more)]
+        assert max(found["npu:0"][step][1:3]) <= 20 < numbers[0]
+
+
 def test_choices_are_told(npu):
     _, stderr = run([COMMANDS / "chat_demo.py", "--dtype", "float32"], {**npu, "PADDLEMIX_LOG": "debug"})
     assert "norm in float32 on npu: plain (rms_norm_npu is not offered by the plug-in)" in stderr

@@ -41,8 +41,8 @@ class KVLayout:
 
     Args:
         dtype: ``float32``, ``bfloat16`` or ``int8``.
-        stores: ``(keys, values)`` of each layer, tensors ``[slots, K, D]``; of int8 (codes, codes, scales, scales), arrays
-            ``[slots, K, D]`` and float32 ``[slots, K, D / group]``.
+        stores: ``(keys, values)`` of each layer, tensors ``[slots, ..., K, D]``; of int8 (codes, codes, scales, scales),
+            arrays ``[slots, K, D]`` and float32 ``[slots, K, D / group]``.
         capacity: slots of a row, where rows lie one after the other.
         slots: ``[B, length]`` int64, where each position of each row is; None for one after the other.
     """
@@ -50,7 +50,7 @@ class KVLayout:
     def __init__(self, dtype, stores, capacity=0, slots=None):
         self.dtype, self.capacity = dtype, capacity
         self.slots = None if slots is None else np.ascontiguousarray(slots, np.int64)
-        self.places, self.heads, self.width = stores[0][0].shape
+        self.places, *_, self.heads, self.width = stores[0][0].shape
         self.group = self.width if dtype != "int8" else self.width // stores[0][2].shape[-1]
         if dtype == "int8":
             addresses = [[array.ctypes.data for array in of_layer] for of_layer in stores]

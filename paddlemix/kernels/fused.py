@@ -1,4 +1,4 @@
-"""Fused kernels of GPUs and of the Ascend plug-in behind attention, RMSNorm and rotary positions.
+"""Fused kernels of GPUs and of the Ascend plug-in behind attention, RMSNorm, rotary positions and products with a bias.
 
 :func:`choose` names the kernel for a function and dtype on the device in use; the tables below call it. Each computes what
 the plain composition in ``models/blocks/layers.py`` does, which stays the reference and the way out:
@@ -20,7 +20,7 @@ from paddle.nn import functional as F
 from paddlemix import device
 from paddlemix.errors import DeviceError
 
-FUNCTIONS = ("attention", "norm", "rope")
+FUNCTIONS = ("attention", "norm", "add_norm", "rope", "linear")
 
 _log = logging.getLogger(__name__)
 _chosen = {}
@@ -30,7 +30,7 @@ def choose(function, dtype):
     """``"plain"``, or the name of the fused kernel to use.
 
     Args:
-        function: ``attention``, ``norm`` or ``rope``.
+        function: one of :data:`FUNCTIONS`.
         dtype: dtype of the tensors.
 
     Raises:
@@ -49,7 +49,7 @@ def _choose(function, dtype, kind):
     elif name is None:
         name, reason = "plain", "nothing else for this dtype here"
     elif name in _PROBES and not _PROBES[name]():
-        name, reason = "plain", f"{name} is not offered by the plug-in"
+        name, reason = "plain", f"{name} is not offered by {_OFFERED_BY.get(kind, 'the plug-in')}"
     else:
         reason = "the fastest here"
     _log.debug("%s in %s on %s: %s (%s)", function, str(dtype).split(".")[-1], kind, name, reason)
@@ -103,17 +103,17 @@ def _flash_npu():
     return next((call for call in (_flash_npu_13, _flash_npu_10) if _offered(call, call.__name__, x, x, x, hidden)), None)
 
 
-def _attention_npu(q, k, v, mask):
+def _attention_npu(q, k, v, mask, length):
     # The operator's own causal mask is square and wrong with a KV cache: the mask is always written out.
-    return _flash_npu()(q, k, v, None if mask is None else mask.hidden(q.shape[1], k.shape[1]))
+    return _flash_npu()(q, k, v, None if mask is None else mask.hidden(q.shape[1], length, room=k.shape[1]))
 
 
 def _norm_npu(x, weight, eps):
     return _C_ops._run_custom_op("rms_norm_npu", x, weight, eps)[0]
 
 
-def _rope_npu(x, cos, sin):
-    return _C_ops._run_custom_op("fused_rope", x, cos, sin)[0]
+def _rope_npu(q, k, cos, sin):
+    return [_C_ops._run_custom_op("fused_rope", x, cos, sin)[0] for x in (q, k) if x is not None]
 
 
 @functools.cache
@@ -124,44 +124,100 @@ def _norm_npu_offered():
 @functools.cache
 def _rope_npu_offered():
     x = paddle.ones([1, 16, 1, 64])
-    return _offered(_rope_npu, "fused_rope", x, x, x)
+    return _offered(_rope_npu, "fused_rope", x, None, x, x)
 
 
-_PROBES = {"flash_attention_npu": _flash_npu, "rms_norm_npu": _norm_npu_offered, "fused_rope": _rope_npu_offered}
-
-# ---------------------------------------------------------------------- Paddle's own kernels for GPU
+# ---------------------------------------------------------------------- Paddle's own kernels
 
 
-def _attention_gpu(q, k, v, mask):
+def _attention_gpu(q, k, v, mask, length):
     if mask is None or mask.is_plain_causal:
         return F.flash_attention.flash_attention(q, k, v, causal=mask is not None)[0]
-    return F.flashmask_attention(q, k, v, mask.first_hidden(k.shape[1]), causal=True)
+    return F.flashmask_attention(q, k, v, mask.first_hidden(length), causal=True)
 
 
 def _norm_gpu(x, weight, eps):
     return F.rms_norm(x, [x.shape[-1]], weight, eps)[0]
 
 
-def _rope_gpu(x, cos, sin):
-    rotate = paddle.incubate.nn.functional.fused_rotary_position_embedding
-    return rotate(x, sin=sin, cos=cos, use_neox_rotary_style=False)[0]
+def _add_norm_gpu(x, residual, weight, eps):
+    last = len(x.shape) - 1
+    out = paddle.incubate.nn.functional.fused_rms_norm(x, weight, None, eps, begin_norm_axis=last, residual=residual)
+    return out[1], out[0]
 
+
+def _rope_gpu(q, k, cos, sin):
+    rotate = paddle.incubate.nn.functional.fused_rotary_position_embedding
+    return rotate(q, k, sin=sin, cos=cos, use_neox_rotary_style=False)[: 1 if k is None else 2]
+
+
+def _linear(x, weight, bias):
+    return paddle.incubate.nn.functional.fused_linear(x, weight, bias)
+
+
+def _agrees(name, call, expected, *arrays):
+    """Whether a kernel runs here, and computes in half precision what it should."""
+    arguments = [paddle.to_tensor(x).astype("bfloat16" if device.supports_bfloat16() else "float16") for x in arrays]
+    if not _offered(call, name, *arguments):
+        return False
+    outputs = call(*arguments)
+    outputs = outputs if isinstance(outputs, (list, tuple)) else [outputs]
+    if all(np.allclose(y.astype("float32").numpy(), e, atol=0.05) for y, e in zip(outputs, expected, strict=True)):
+        return True
+    _log.debug("%s computes something else", name)
+    return False
+
+
+@functools.cache
+def _linear_offered():
+    # Of Ascend's it is not known whether it takes more than two axes.
+    x, weight, bias = np.linspace(-1, 1, 2 * 3 * 64, dtype="float32").reshape(2, 3, 64), np.eye(64, 32) / 2, np.arange(32) / 32
+    weight, bias = weight.astype("float32"), bias.astype("float32")
+    return _agrees("fused_linear", _linear, [x @ weight + bias], x, weight, bias)
+
+
+@functools.cache
+def _add_norm_offered():
+    x, weight = np.linspace(-1, 1, 2 * 3 * 64, dtype="float32").reshape(2, 3, 64), np.linspace(0, 1, 64, dtype="float32")
+    total = x + x[::-1]
+    normed = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-6) * weight
+    return _agrees(
+        "fused_rms_norm", lambda x, other, weight: _add_norm_gpu(x, other, weight, 1e-6), [total, normed], x, x[::-1], weight
+    )
+
+
+_PROBES = {
+    "flash_attention_npu": _flash_npu,
+    "rms_norm_npu": _norm_npu_offered,
+    "fused_rope": _rope_npu_offered,
+    "fused_linear": _linear_offered,
+    "fused_rms_norm": _add_norm_offered,
+}
+_OFFERED_BY = {device.PUBLISHED: "this build of Paddle"}
 
 # ---------------------------------------------------------------------- by function
 
 _ATTENTION = {"flash_attention": _attention_gpu, "flash_attention_npu": _attention_npu}
 _NORM = {"rms_norm": _norm_gpu, "rms_norm_npu": _norm_npu}
+_ADD_NORM = {"fused_rms_norm": _add_norm_gpu}
 _ROPE = {"fused_rotary_position_embedding": _rope_gpu, "fused_rope": _rope_npu}
 
 
-def attention(kernel, q, k, v, mask):
+def attention(kernel, q, k, v, mask, length):
     """``q [B, N, H, D]``, ``k, v [B, S, K, D]`` in half precision -> ``[B, N, H, D]``; ``mask`` None for full attention.
 
-    None where the kernel has no form for the mask: GPU kernels take queries and keys of the same positions only.
+    ``length`` of the ``S`` positions count: all of them, but where :func:`takes_whole_caches`, with a mask.
+
+    None where the kernel has no form for the mask: GPU kernels take queries and keys of the same positions only, or no mask.
     """
     if mask is not None and kernel == "flash_attention" and (q.shape[1] != k.shape[1] or not mask.is_spans):
         return None
-    return _ATTENTION[kernel](q, k, v, mask)
+    return _ATTENTION[kernel](q, k, v, mask, length)
+
+
+def takes_whole_caches(dtype):
+    """Whether the kernel of attention in ``dtype`` hides what of a cache is not filled, where a slice would be a copy."""
+    return choose("attention", dtype) == "flash_attention_npu"
 
 
 def rms_norm(kernel, x, weight, eps):
@@ -169,14 +225,29 @@ def rms_norm(kernel, x, weight, eps):
     return _NORM[kernel](x, weight, eps)
 
 
-def rope(kernel, x, cos, sin):
-    """``x [B, N, H, D]``, tables ``[1, N, 1, D]`` float32 as for :func:`~paddlemix.models.blocks.layers.apply_rope`.
+def add_rms_norm(kernel, x, residual, weight, eps):
+    """``residual + x`` and its norm, for ``x, residual [..., D]``; it has no gradients."""
+    return _ADD_NORM[kernel](x, residual, weight, eps)
 
-    The kernels want ``sin`` with the sign that the position formula has, and all arguments in one dtype: float32, as
-    angles in half precision would move distant tokens.
+
+def linear(x, weight, bias):
+    """``x [..., in] @ weight [in, out] + bias [out]`` in one operator. It could apply GELU as well, but by tanh alone."""
+    return _linear(x, weight, bias)
+
+
+def rope_tables(cos, sin, dtype):
+    """Tables as the kernels want them, from those of :func:`~paddlemix.models.blocks.layers.apply_rope`.
+
+    ``sin`` has the sign of the formula, and both are in the dtype of what is rotated: cosines and sines of angles in float32,
+    rounded as the original rounds them.
     """
-    sin = sin * _signs(x.shape[-1], device.current())
-    return _ROPE[kernel](x.astype("float32"), cos, sin).astype(x.dtype)
+    return cos.astype(dtype), (sin * _signs(sin.shape[-1], device.current())).astype(dtype)
+
+
+def rope(kernel, q, k, tables):
+    """``q [B, N, H, D]`` and ``k [B, N, K, D]`` or None, rotated, in a sequence; ``tables`` are those of :func:`rope_tables`,
+    ``[1, N, 1, D]`` each."""
+    return _ROPE[kernel](q, k, *tables)
 
 
 @functools.cache

@@ -1,10 +1,7 @@
-"""Fused kernels of other devices, each played by a function that keeps to what is known of its contract.
-
-The parts are played in float32 arithmetic from the definition of the operation, not by the code under test; what is tested
-is what goes in and comes out: shapes, masks, signs, dtypes, gradients.
-"""
+"""Fused kernels of other devices, played by ``fakes.py``: what goes in and comes out, and how many operators it saves."""
 
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,116 +11,35 @@ import pytest
 from paddlemix import device
 from paddlemix.errors import DeviceError
 from paddlemix.kernels import fused
-from paddlemix.models.blocks.layers import AttentionMask, RMSNorm, apply_rope, attention
+from paddlemix.models.blocks.kv_cache import KVCache
+from paddlemix.models.blocks.layers import AttentionMask, Linear, RMSNorm, Rotary, apply_rope, attention, rotated
+from paddlemix.models.internvl2 import InternVLChatModel
+from tests.conftest import FAMILIES, load_reference, tiles
 
-CACHED = (fused._flash_npu, fused._norm_npu_offered, fused._rope_npu_offered, fused._signs)
+from . import fakes
 
 
 @pytest.fixture(autouse=True)
 def fresh():
     """Choices are made once a process: each test makes its own."""
-
-    def clear():
-        fused._chosen.clear()
-        for function in CACHED:
-            function.cache_clear()
-
-    clear()
+    fakes.clear()
     yield
-    clear()
-
-
-def attention_by_definition(q, k, v, hidden):
-    """``[B, N, H, D]``; ``hidden [..., N, S]`` bool."""
-    group = q.shape[2] // k.shape[2]
-    q, k, v = (x.astype("float32").transpose([0, 2, 1, 3]) for x in (q, k, v))
-    k, v = (paddle.concat([x[:, i // group : i // group + 1] for i in range(q.shape[1])], axis=1) for x in (k, v))
-    scores = paddle.matmul(q, k.transpose([0, 1, 3, 2])) / q.shape[-1] ** 0.5
-    scores = scores + paddle.to_tensor(np.where(np.asarray(hidden), np.float32(-1e30), np.float32(0)))
-    return paddle.matmul(paddle.nn.functional.softmax(scores, axis=-1), v).transpose([0, 2, 1, 3])
-
-
-def flash_attention_npu(q, k, v, seed, mask, *rest):
-    assert seed is None and {x.dtype for x in (q, k, v)} <= {paddle.bfloat16, paddle.float16}
-    assert mask is None or mask.dtype == paddle.bool
-    if len(rest) == 8:  # the shape of 13 arguments
-        assert rest[:2] == (None, None) and rest[-1] is False
-        rest = rest[2:-1]
-    dropout, causal, _, inference, triangle = rest
-    assert (dropout, causal, inference, triangle) == (0.0, False, False, False)
-    hidden = np.zeros([1, 1, q.shape[1], k.shape[1]], bool) if mask is None else mask.numpy()
-    assert hidden.shape[1:] == (1, q.shape[1], k.shape[1])
-    return [attention_by_definition(q, k, v, hidden).astype(q.dtype)]
-
-
-def rms_norm_npu(x, gamma, eps):
-    assert x.dtype == gamma.dtype
-    y = x.astype("float32")
-    rstd = 1 / paddle.sqrt((y * y).mean(-1, keepdim=True) + eps)
-    return [(y * rstd * gamma.astype("float32")).astype(x.dtype), rstd]
-
-
-def fused_rope(x, cos, sin):
-    assert cos.shape == sin.shape == [1, x.shape[1], 1, x.shape[3]] and x.shape[3] % 64 == 0
-    assert x.dtype == cos.dtype == sin.dtype
-    first, second = x.split(2, axis=-1)
-    return [x * cos + paddle.concat([-second, first], axis=-1) * sin]
+    fakes.clear()
 
 
 @pytest.fixture(params=[13, 10])
 def ascend(request, monkeypatch):
     """A device with the Ascend plug-in's custom operators, in one of their two call shapes; the list of calls made."""
-    calls = []
-
-    def run(name, *arguments):
-        if name == "flash_attention_npu" and len(arguments) != request.param:
-            raise ValueError(f"(InvalidArgument) {request.param} arguments are wanted")
-        calls.append(name)
-        return {f.__name__: f for f in (flash_attention_npu, rms_norm_npu, fused_rope)}[name](*arguments)
-
-    monkeypatch.setattr(device, "current", lambda: "npu")
-    monkeypatch.setattr(paddle._C_ops, "_run_custom_op", run)
-    return calls
+    return fakes.play_ascend(monkeypatch, request.param)
 
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A device with Paddle's GPU kernels."""
-    calls = []
+    """A device with Paddle's GPU kernels; the list of calls made."""
+    return fakes.play_gpu(monkeypatch)
 
-    def flash_attention(query, key, value, dropout=0.0, causal=False):
-        calls.append("flash_attention")
-        queries, keys = query.shape[1], key.shape[1]
-        hidden = np.triu(np.ones([queries, keys], bool), 1) if causal else np.zeros([queries, keys], bool)
-        assert not causal or queries == keys
-        return attention_by_definition(query, key, value, hidden).astype(query.dtype), None
 
-    def flashmask_attention(query, key, value, startend_row_indices, causal):
-        calls.append("flashmask_attention")
-        rows = startend_row_indices.numpy()
-        assert rows.dtype == np.int32 and rows.shape[1:] == (1, key.shape[1], 1) and causal
-        row = np.arange(query.shape[1])[:, None]
-        hidden = (row < np.arange(key.shape[1])) | (row >= rows[:, :, None, :, 0])
-        return attention_by_definition(query, key, value, hidden).astype(query.dtype)
-
-    def rms_norm(x, shape, weight, eps):
-        calls.append("rms_norm")
-        assert shape == [x.shape[-1]]
-        return tuple(rms_norm_npu(x, weight, eps))
-
-    def rotate(q, k=None, v=None, sin=None, cos=None, use_neox_rotary_style=True):
-        calls.append("fused_rotary_position_embedding")
-        assert not use_neox_rotary_style
-        return fused_rope(q, cos, sin)[0], None, None
-
-    functional = paddle.nn.functional
-    monkeypatch.setattr(device, "current", lambda: "gpu")
-    monkeypatch.setattr(device, "supports_bfloat16", lambda: True)
-    monkeypatch.setattr(functional.flash_attention, "flash_attention", flash_attention)
-    monkeypatch.setattr(functional, "flashmask_attention", flashmask_attention)
-    monkeypatch.setattr(functional, "rms_norm", rms_norm)
-    monkeypatch.setattr(paddle.incubate.nn.functional, "fused_rotary_position_embedding", rotate)
-    return calls
+CARDS = {"ascend": fakes.play_ascend, "gpu": fakes.play_gpu}
 
 
 def random(*shape, seed=0):
@@ -198,28 +114,69 @@ def test_the_forms_of_a_mask_say_the_same(kind):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("card", ["ascend", "gpu"])
-def test_norm(request, monkeypatch, card, dtype):
-    if card == "ascend":
-        monkeypatch.setattr(device, "current", lambda: "npu")
-        monkeypatch.setattr(paddle._C_ops, "_run_custom_op", lambda name, *a: {"rms_norm_npu": rms_norm_npu}[name](*a))
-    else:
-        assert request.getfixturevalue("gpu") == []
+def test_norm(monkeypatch, card, dtype):
+    calls = CARDS[card](monkeypatch)
 
     def norm(x, weight):
         return RMSNorm.forward(SimpleNamespace(weight=weight, eps=1e-6), x)
 
     assert_as_plain(monkeypatch, norm, [random(2, 5, 64), 1 + random(64) / 2], dtype)
-    if card == "gpu":
-        assert request.getfixturevalue("gpu") == ["rms_norm"]
+    assert calls == (["rms_norm"] if card == "gpu" else ["rms_norm_npu"] * 2)  # the probe and the call
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_sum_and_its_norm(gpu, monkeypatch, grad):
+    """The fused form has no gradients, so it is for answers alone."""
+    monkeypatch.setattr(device, "_HALF", (*device._HALF, paddle.float64))
+    norm = RMSNorm(64, 1e-6)
+    norm.weight.set_value(1 + random(64) / 2)
+    norm.to(dtype="float64")
+    x, residual = (paddle.to_tensor(random(2, 5, 64, seed=seed)).astype("float64") for seed in (1, 2))
+    expected = residual + x
+    size = paddle.sqrt((expected * expected).mean(-1, keepdim=True) + 1e-6)
+    with paddle.set_grad_enabled(grad):
+        total, normed = norm.add(residual, x)
+    assert "fused_rms_norm" not in gpu if grad else gpu == ["fused_rms_norm"] * 3  # a probe is two calls
+    assert np.abs((total - expected).numpy()).max() < 1e-6
+    assert np.abs((normed - expected / size * norm.weight).numpy()).max() < 1e-5
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_product_with_its_bias(monkeypatch, card):
+    calls = CARDS[card](monkeypatch)
+    layer = Linear(64, 32)
+
+    def product(x, weight, bias):
+        y = Linear.forward(SimpleNamespace(weight=weight, bias=bias, group=None, product=of(weight)), x)
+        return y
+
+    def of(weight):
+        return lambda x, linear, bias: linear(x, weight, bias)
+
+    assert_as_plain(monkeypatch, product, [random(2, 5, 64), layer.weight.numpy(), random(32)])
+    assert calls == ["fused_linear"] * 3
+    calls.clear()
+    product(*(paddle.to_tensor(x) for x in (random(2, 5, 64), layer.weight.numpy(), random(32))))  # float32
+    assert not calls
+
+
+@pytest.mark.parametrize("what", ["refuses", "computes something else"])
+def test_a_product_that_is_not_what_it_should_be_is_not_used(monkeypatch, caplog, what):
+    calls = fakes.play_ascend(monkeypatch, linear=what != "refuses")
+    if what != "refuses":
+        functional = paddle.incubate.nn.functional
+        monkeypatch.setattr(
+            functional, "fused_linear", lambda x, weight, bias: fakes.fused_linear(x, weight, bias * 2, False, None)
+        )
+    with caplog.at_level(logging.DEBUG, "paddlemix"):
+        assert fused.choose("linear", paddle.bfloat16) == "plain"
+    assert "linear in bfloat16 on npu: plain (fused_linear is not offered by the plug-in)" in caplog.text
+    assert calls == []
 
 
 @pytest.mark.parametrize("card", ["ascend", "gpu"])
-def test_rope(request, monkeypatch, card):
-    if card == "ascend":
-        monkeypatch.setattr(device, "current", lambda: "npu")
-        monkeypatch.setattr(paddle._C_ops, "_run_custom_op", lambda name, *a: {"fused_rope": fused_rope}[name](*a))
-    else:
-        request.getfixturevalue("gpu")
+def test_rope(monkeypatch, card):
+    CARDS[card](monkeypatch)
     angles = random(1, 24, 1, 32, seed=5)
     cos = paddle.to_tensor(np.concatenate([np.cos(angles)] * 2, -1))
     sin = paddle.to_tensor(np.concatenate([-np.sin(angles), np.sin(angles)], -1))
@@ -232,14 +189,36 @@ def test_rope(request, monkeypatch, card):
     assert_as_plain(monkeypatch, lambda x: apply_rope(x, *each), QKV[:1], "float32", 1e-6)
 
 
-def test_a_plug_in_without_the_operators_computes_all_the_same(monkeypatch, caplog):
-    def run(name, *arguments):
-        raise RuntimeError(f"({name}) please make sure you registered your op first")
+@pytest.mark.parametrize("form", ["whole", "parts", "with norms"])
+@pytest.mark.parametrize("card", [None, *CARDS])
+def test_queries_and_keys_are_rotated_together(monkeypatch, card, form):
+    """By tables that are made once for all layers."""
+    calls = CARDS[card](monkeypatch) if card else []
+    angles = random(1, 24, 1, 32, seed=5)
+    cos = paddle.to_tensor(np.concatenate([np.cos(angles)] * 2, -1))
+    sin = paddle.to_tensor(np.concatenate([-np.sin(angles), np.sin(angles)], -1))
+    qkv, heads = paddle.to_tensor(random(2, 24, 8, 64)), [4, 2, 2]
+    parts = qkv.split(heads, axis=2)
+    norms = (lambda x: x * 2, lambda x: x * 3) if form == "with norms" else None
+    rope = Rotary((cos, sin))
+    for _ in range(2):
+        found = rotated(parts if form == "parts" else qkv, heads, rope, norms)
+    with monkeypatch.context() as patch:
+        patch.setenv("PADDLEMIX_KERNELS", "plain")
+        fused._chosen.clear()
+        factors = (2, 3) if norms else (1, 1)
+        expected = [*(apply_rope(x * factor, cos, sin) for x, factor in zip(parts, factors)), parts[2]]
+    for a, e in zip(found, expected, strict=True):
+        assert np.abs((a - e).numpy()).max() < 1e-6 * np.abs(e.numpy()).max()
+    if card == "gpu":
+        assert calls == ["fused_rotary_position_embedding"] * 2
+        assert len(rope._prepared) == 1
 
-    monkeypatch.setattr(device, "current", lambda: "npu")
-    monkeypatch.setattr(paddle._C_ops, "_run_custom_op", run)
+
+def test_a_plug_in_without_the_operators_computes_all_the_same(monkeypatch, caplog):
+    fakes.play_ascend(monkeypatch, names=(), linear=False)
     with caplog.at_level(logging.DEBUG, "paddlemix"):
-        assert [fused.choose(function, paddle.bfloat16) for function in fused.FUNCTIONS] == ["plain"] * 3
+        assert [fused.choose(function, paddle.bfloat16) for function in fused.FUNCTIONS] == ["plain"] * len(fused.FUNCTIONS)
     assert "flash_attention_npu is not offered by the plug-in" in caplog.text
 
 
@@ -248,11 +227,19 @@ def test_choices_can_be_switched_off_and_are_told_once(ascend, monkeypatch, capl
     with caplog.at_level(logging.DEBUG, "paddlemix"):
         for _ in range(3):
             chosen = {function: fused.choose(function, paddle.bfloat16) for function in fused.FUNCTIONS}
-    assert chosen == {"attention": "plain", "norm": "rms_norm_npu", "rope": "fused_rope"}
+    assert chosen == {
+        "attention": "plain",
+        "norm": "rms_norm_npu",
+        "add_norm": "plain",
+        "rope": "fused_rope",
+        "linear": "fused_linear",
+    }
     assert [record.getMessage() for record in caplog.records] == [
         "attention in bfloat16 on npu: plain (by PADDLEMIX_KERNELS)",
         "norm in bfloat16 on npu: rms_norm_npu (the fastest here)",
+        "add_norm in bfloat16 on npu: plain (nothing else for this dtype here)",
         "rope in bfloat16 on npu: fused_rope (the fastest here)",
+        "linear in bfloat16 on npu: fused_linear (the fastest here)",
     ]
 
 
@@ -271,4 +258,70 @@ def test_attention_of_float32_and_of_old_cards_is_plain(gpu, monkeypatch):
 
 def test_nothing_is_fused_on_cpu():
     for dtype in (paddle.float32, paddle.bfloat16):
-        assert [fused.choose(function, dtype) for function in fused.FUNCTIONS] == ["plain"] * 3
+        assert [fused.choose(function, dtype) for function in fused.FUNCTIONS] == ["plain"] * len(fused.FUNCTIONS)
+
+
+# ---------------------------------------------------------------------- whole models
+
+
+def copy_in_half(family):
+    """A reference model in float64, which stands for half precision."""
+    reference = load_reference(family)
+    model = InternVLChatModel(reference.model.config)
+    model.set_state_dict(reference.model.state_dict())
+    model.set_tokenizer(reference.tokenizer)
+    model.to(dtype="float64")
+    model.eval()
+    return reference, model
+
+
+@pytest.mark.parametrize("kind", fakes.PLAYED)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_answer_as_with_plain_operators(family, kind):
+    """Pictures, a second round over the KV cache and a padded batch, token for token."""
+    reference, model = copy_in_half(family)
+    options = {"max_new_tokens": 6}
+
+    def answers():
+        session_pixels, questions = tiles(0), ["<image>\nWhat is it?", "And where?"]
+        first, history = model.chat(reference.tokenizer, session_pixels, questions[0], options, return_history=True)
+        found = [first, model.chat(reference.tokenizer, session_pixels, questions[1], options, history)]
+        return found + model.batch_chat(reference.tokenizer, None, ["Hi", "Who is it, and what does it want?"], options)
+
+    with fakes.playing(None):
+        expected = answers()
+    with fakes.playing(kind) as calls:
+        assert answers() == expected
+    assert {"gpu": "flash_attention", "npu": "flash_attention_npu"}[kind] in calls
+    assert any(expected)
+
+
+@pytest.mark.parametrize("kind", fakes.PLAYED)
+def test_one_query_over_a_cache_with_room(kind):
+    """What is not filled is neither read nor, where it is read whole, seen."""
+    with fakes.playing(kind) as calls:
+        config = fakes.small_model("300M").config.llm_config
+        keys, values = (paddle.to_tensor(random(2, 20, 1, 64, seed=seed)).astype("float64") for seed in (1, 2))
+        q = paddle.to_tensor(random(2, 1, 2, 64)).astype("float64")
+        cache = KVCache(config, 2, 24, "float64")
+        for start, stop in ((0, 19), (19, 20)):
+            cache.reserve(stop - start)
+            k, v = cache.append(0, keys[:, start:stop].contiguous(), values[:, start:stop].contiguous())
+        assert k.shape[1] == (24 if kind == "npu" else 20)
+        for mask in (AttentionMask(), AttentionMask(np.array([0, 7]))):
+            found = attention(q, k, v, mask, length=cache.length).numpy()
+            hidden = np.arange(20) < (0 if mask.starts is None else mask.starts[:, None, None, None])
+            expected = fakes.attention_by_definition(q, keys, values, hidden).numpy()
+            assert np.abs(found.reshape(expected.shape) - expected).max() < 1e-6
+        assert calls
+
+
+def test_a_block_costs_at_most_twenty_operators():
+    """And docs/performance.md says how many."""
+    found = fakes.counts()
+    assert len(found) == 4
+    for name, by_kind in found.items():
+        for kind in fakes.PLAYED:
+            assert by_kind[kind][0] <= fakes.MOST < by_kind[None][0], (name, kind)
+    text = (Path(__file__).parents[2] / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert "\n".join(fakes.table()) in text

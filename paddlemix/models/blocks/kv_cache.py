@@ -1,8 +1,12 @@
 """Keys and values of earlier positions: the cache of one sequence, or of rows that are alike, in floating point or 8 bits."""
 
+import functools
+
 import numpy as np
 import paddle
 
+from paddlemix import device
+from paddlemix.kernels import fused
 from paddlemix.kernels.decoder import KVLayout
 
 from .layers import take_rows
@@ -92,6 +96,15 @@ def _copy(to, rows, source, others):
         paddle.scatter_(to, paddle.to_tensor(rows), take_rows(source, others), overwrite=True)
 
 
+@functools.cache
+def _shows_writes(_kind, dtype):
+    """Whether what is written into a tensor shows in what was reshaped from it before, which a fallback to CPU may break."""
+    store = paddle.zeros([2, 1, 1, 1], dtype)
+    seen = store.reshape([1, 2, 1, 1])
+    paddle.scatter_(store, paddle.to_tensor([1]), paddle.ones([1, 1, 1, 1], dtype), overwrite=True)
+    return bool(seen[0, 1, 0, 0].astype("float32").item() == 1)
+
+
 class KVCache:
     """Keys and values of every layer, allocated once for ``capacity`` positions and filled in place.
 
@@ -116,10 +129,13 @@ class KVCache:
         def store(window):
             if dtype == INT8 and not window:
                 return Int8Rows(*shape)
-            return paddle.zeros(nothing if window else shape, "float32" if dtype == INT8 else dtype)
+            # An axis of 1, so that one new token a row, [B, 1, K, D], is written as it is.
+            room = nothing if window else [shape[0], 1, *shape[1:]]
+            return paddle.zeros(room, "float32" if dtype == INT8 else dtype)
 
         self._keys, self._values = ([store(window) for window in self.windows] for _ in "kv")
-        self._rows = None
+        self._rows = self._rows_there = None
+        self._seen = {}  # of each layer, its stores and the same in the shape that attention takes
 
     @property
     def rotary_lengths(self):
@@ -131,6 +147,7 @@ class KVCache:
         if self.length + count > self.capacity:
             raise ValueError(f"the KV cache holds {self.capacity} positions; {self.length + count} were asked for")
         self._rows = (np.arange(self.batch)[:, None] * self.capacity + np.arange(self.length, self.length + count)).reshape(-1)
+        self._rows_there = None
         self.length += count
 
     def reusable(self, length):
@@ -203,11 +220,27 @@ class KVCache:
             return self._keys[layer], self._values[layer]
         if self.dtype == INT8:
             return None
-        shape = [self.batch, self.capacity, *self._keys[layer].shape[1:]]
+        shape = [self.batch, self.capacity, *self._keys[layer].shape[-2:]]
         return self._keys[layer].reshape(shape), self._values[layer].reshape(shape)
 
+    def _shown(self, layer):
+        """:meth:`stores`, reshaped once where that shows what is written later."""
+        stores = self._keys[layer], self._values[layer]
+        if not _shows_writes(device.current(), stores[0].dtype):
+            return self.stores(layer)
+        kept, shown = self._seen.get(layer, (None, None))
+        if kept is None or kept[0] is not stores[0] or kept[1] is not stores[1]:
+            shown = self.stores(layer)
+            self._seen[layer] = stores, shown
+        return shown
+
     def append(self, layer, k, v):
-        """Write ``k, v [B, N, K, D]`` of the reserved positions; return all that they can see, ``[B, S, K, D]``."""
+        """Write ``k, v [B, N, K, D]`` of the reserved positions.
+
+        Returns:
+            All that they can see, ``[B, S, K, D]``. Where attention takes whole caches, ``S`` may be the capacity: the first
+            :attr:`length` positions are what was written.
+        """
         if self.windows[layer]:
             return self._slide(layer, k, v)
         stores = self._keys[layer], self._values[layer]
@@ -217,10 +250,18 @@ class KVCache:
             for store, new in zip(stores, (k, v)):
                 store.put(self._rows, new)
             return [store.take(seen).reshape(shape).astype(k.dtype) for store in stores]
-        rows = paddle.to_tensor(self._rows)
+        if self._rows_there is None:
+            self._rows_there = paddle.to_tensor(self._rows)
         for store, new in zip(stores, (k, v)):
-            paddle.scatter_(store, rows, new.reshape([-1, *store.shape[1:]]), overwrite=True)
-        return [store[:, : self.length] for store in self.stores(layer)]
+            new = new if new.shape[1] == 1 else new.reshape([-1, *store.shape[1:]])
+            paddle.scatter_(store, self._rows_there, new, overwrite=True)
+        if k.shape[1] == self.length and k.dtype == stores[0].dtype:
+            return [k, v]  # there is nothing before
+        shown = self._shown(layer)
+        # Where slices are copies, reading what is not filled costs less than they do, unless it is most of it.
+        if self.capacity <= 3 * self.length and fused.takes_whole_caches(k.dtype):
+            return list(shown)
+        return [store[:, : self.length] for store in shown]
 
     @property
     def nbytes(self):

@@ -17,7 +17,7 @@ from paddle.nn import functional as F
 from .experts import GatedMLP, MixtureOfExperts
 from .kv_cache import KVCache
 from .last import LastPositions, last_of
-from .layers import AttentionMask, Linear, RMSNorm, apply_rope, attention
+from .layers import AttentionMask, Linear, RMSNorm, Rotary, attention, rotated
 
 
 class RotaryTables:
@@ -71,7 +71,7 @@ class RotaryTables:
                 of different lengths, that of each token's own, an array like ``position_ids``.
 
         Returns:
-            ``(cos, sin)``, each ``[B or 1, N, 1, D]`` float32; the first half of ``sin`` is negated for :func:`apply_rope`.
+            :class:`~.layers.Rotary` ``(cos, sin)``, each ``[B or 1, N, 1, D]`` float32; the first half of ``sin`` is negated.
         """
         lengths, which = np.unique(length, return_inverse=True)
         longest = {self.variant(int(length)): int(length) for length in lengths}  # of each variant, as lengths ascend
@@ -84,7 +84,7 @@ class RotaryTables:
             position_ids = position_ids + paddle.to_tensor(first[which].reshape(np.shape(length)))
             cos, sin = (paddle.concat(parts) for parts in zip(*tables))
         # embedding() is the lookup that every backend has natively.
-        return F.embedding(position_ids, cos).unsqueeze(2), F.embedding(position_ids, sin).unsqueeze(2)
+        return Rotary(F.embedding(position_ids, table).unsqueeze(2) for table in (cos, sin))
 
     def _table(self, variant, length):
         """Cosines and sines of a variant for ``length`` positions at least, ``[positions, D]`` each."""
@@ -168,29 +168,30 @@ class DecoderAttention(nn.Layer):
         batch, tokens, _ = x.shape
         if self.fused:
             qkv = self.qkv_proj(x).reshape([batch, tokens, sum(self.split), -1])
-            q, k, v = qkv.split(self.split, axis=2)
         else:
             products = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-            q, k, v = (y.reshape([batch, tokens, heads, -1]) for y, heads in zip(products, self.split))
-        if self.qk_norm:  # each head by itself
-            q, k = self.q_norm(q), self.k_norm(k)
-        return apply_rope(q, *rope), apply_rope(k, *rope), v
+            qkv = [y.reshape([batch, tokens, heads, -1]) for y, heads in zip(products, self.split)]
+        norms = (self.q_norm, self.k_norm) if self.qk_norm else None  # each head by itself
+        return rotated(qkv, self.split, rope, norms)
 
-    def forward(self, x, rope, mask, cache, residual, last=None):
+    def forward(self, x, rope, mask, cache, residual=None, last=None):
         """``residual + attention(x)``, all ``[B, N, D]``; with ``last``, :class:`~.last.LastPositions`, of these alone."""
         q, k, v = self.project(x, rope)
+        first, length = 0, None
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        first = 0 if cache is None else cache.length - k.shape[1]
+            first = max(0, cache.length - k.shape[1])
+            length = cache.length - first
         if last is None:
-            return self.o_proj(attention(q, k, v, mask, self.window, self.sinks, first), residual=residual)
+            return self.o_proj(attention(q, k, v, mask, self.window, self.sinks, first, length), residual=residual)
+        rows = x.shape[0]
 
         def attend(q, k, v, length, starts):
-            own = mask if q.shape[0] == residual.shape[0] else AttentionMask(starts)
+            own = mask if q.shape[0] == rows else AttentionMask(starts)
             return attention(q, k[:, :length], v[:, :length], own, self.window, self.sinks, first)
 
-        seen = last.attend(attend, last.take(q)[:, :1], k, v, k.shape[1], mask.starts)
-        return self.o_proj(last.copied(seen), residual=last.take(residual))
+        seen = last.attend(attend, last.take(q)[:, :1], k, v, k.shape[1] if length is None else length, mask.starts)
+        return self.o_proj(last.copied(seen), residual=None if residual is None else last.take(residual))
 
 
 class CrossAttention(nn.Layer):
@@ -240,10 +241,12 @@ class DecoderLayer(nn.Layer):
         With ``last``, :class:`~.last.LastPositions`, keys and values are of all positions and all else of these,
         ``[B, copies, D]``.
         """
-        x = self.self_attn(self.input_layernorm(x), rope, mask, cache, residual=x, last=last)
         if picture is not None and self.cross_attn is not None:
-            x = self.cross_attn(x, picture)
-        normed = self.post_attention_layernorm(x)
+            x = self.cross_attn(self.self_attn(self.input_layernorm(x), rope, mask, cache, residual=x), picture)
+            normed = self.post_attention_layernorm(x)
+        else:
+            attended = self.self_attn(self.input_layernorm(x), rope, mask, cache, last=last)
+            x, normed = self.post_attention_layernorm.add(x if last is None else last.take(x), attended)
         return self.mlp(normed, residual=x, with_router=True) if with_router else self.mlp(normed, residual=x)
 
 

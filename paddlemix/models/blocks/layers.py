@@ -19,9 +19,11 @@ __all__ = [
     "LayerNorm",
     "Linear",
     "RMSNorm",
+    "Rotary",
     "apply_rope",
     "attention",
     "count_parameters",
+    "rotated",
     "swiglu",
     "take_rows",
 ]
@@ -46,7 +48,11 @@ class Linear(nn.Linear):
     def forward(self, x, gelu=False, scale=None, residual=None):
         """``x [..., in] -> [..., out]``; ``scale [out]`` and ``residual [..., out]`` are optional."""
         suits = self.weight is not None and gemm.suits(math.prod(x.shape) * self.weight.shape[1], x, self.weight)
-        y = self.product(x, gemm.linear if suits else F.linear, self.bias if self.group is None else None)
+        bias = self.bias if self.group is None else None
+        linear = gemm.linear if suits else F.linear
+        if bias is not None and not suits and fused.choose("linear", x.dtype) != "plain":
+            linear = fused.linear
+        y = self.product(x, linear, bias)
         if self.group is not None:
             y = self.group.summed(y)
             y = y if self.bias is None else y + self.bias
@@ -78,12 +84,64 @@ class RMSNorm(nn.Layer):
         y = y * paddle.rsqrt(paddle.mean(paddle.square(y), axis=-1, keepdim=True) + self.eps)
         return y.astype(x.dtype) * self.weight
 
+    def add(self, residual, x):
+        """``residual + x`` and its norm."""
+        if paddle.is_grad_enabled() is False and x.dtype == self.weight.dtype == residual.dtype:
+            kernel = fused.choose("add_norm", x.dtype)
+            if kernel != "plain":
+                return fused.add_rms_norm(kernel, x, residual, self.weight, self.eps)
+        total = residual + x
+        return total, self(total)
+
 
 class LayerNorm(nn.LayerNorm):
     """Layer norm over the last axis."""
 
     def __init__(self, size, eps):
         super().__init__(size, epsilon=eps)
+
+
+class Rotary(tuple):
+    """``(cos, sin)``, the tables of :func:`apply_rope`, and what fused kernels make of them, once for all layers."""
+
+    def prepared(self, dtype):
+        """Those of :func:`~paddlemix.kernels.fused.rope_tables`."""
+        kept = self.__dict__.setdefault("_prepared", {})
+        if dtype not in kept:
+            kept[dtype] = fused.rope_tables(*self, dtype)
+        return kept[dtype]
+
+
+def _rope_kernel(x, cos):
+    """The fused kernel that rotates ``x`` by tables like ``cos``, or ``"plain"``."""
+    suits = cos.shape[0] == 1 and x.shape[-1] % 64 == 0
+    return fused.choose("rope", x.dtype) if suits else "plain"
+
+
+def rotated(qkv, heads, rope, norms=None):
+    """Queries and keys with their positions, and values.
+
+    Args:
+        qkv: ``[B, N, H + 2 K, D]``, or the three of them, ``[B, N, H, D]``, ``[B, N, K, D]`` and ``[B, N, K, D]``.
+        heads: ``[H, K, K]``.
+        rope: :class:`Rotary` or ``(cos, sin)``.
+        norms: what queries and keys go through first, or None.
+
+    Returns:
+        Three tensors ``[B, N, H or K, D]``.
+    """
+    parts, whole = (qkv, None) if isinstance(qkv, (list, tuple)) else (None, qkv)
+    kernel = _rope_kernel(parts[0] if whole is None else whole, rope[0])
+    if whole is not None and norms is None and kernel == "plain":  # queries and keys at once
+        both, v = whole.split([heads[0] + heads[1], heads[2]], axis=2)
+        return *apply_rope(both, *rope).split(heads[:2], axis=2), v
+    q, k, v = parts or whole.split(heads, axis=2)
+    if norms is not None:
+        q, k = (norm(x) for norm, x in zip(norms, (q, k)))
+    if kernel == "plain":
+        return apply_rope(q, *rope), apply_rope(k, *rope), v
+    tables = rope.prepared(q.dtype) if isinstance(rope, Rotary) else fused.rope_tables(*rope, q.dtype)
+    return *fused.rope(kernel, q, k, tables), v
 
 
 def apply_rope(x, cos, sin):
@@ -93,9 +151,9 @@ def apply_rope(x, cos, sin):
     because subtraction has no bfloat16 kernel on Ascend.
     """
     half = x.shape[-1] // 2
-    kernel = fused.choose("rope", x.dtype)
-    if kernel != "plain" and cos.shape[0] == 1 and half % 32 == 0:
-        return fused.rope(kernel, x, cos, sin)
+    kernel = _rope_kernel(x, cos)
+    if kernel != "plain":
+        return fused.rope(kernel, x, None, fused.rope_tables(cos, sin, x.dtype))[0]
     swapped = paddle.concat([x[..., half:], x[..., :half]], axis=-1)
     return (x.astype("float32") * cos + swapped.astype("float32") * sin).astype(x.dtype)
 
@@ -198,9 +256,15 @@ class AttentionMask:
 
         return self._keep("bias", queries, keys, window, first, make)
 
-    def hidden(self, queries, keys, window=None, first=0):
-        """The same as ``[B or 1, 1, queries, keys]`` bool, True for what is hidden."""
-        return self._keep("hidden", queries, keys, window, first, lambda: ~self._allowed(queries, keys, window, first))
+    def hidden(self, queries, keys, window=None, first=0, room=None):
+        """The same as ``[B or 1, 1, queries, keys]`` bool, True for what is hidden, filled up with it to ``room`` keys."""
+        room = keys if room is None else room
+
+        def make():
+            hidden = ~self._allowed(queries, keys, window, first)
+            return np.pad(hidden, [(0, 0)] * 3 + [(0, room - keys)], constant_values=True)
+
+        return self._keep(f"hidden {room - keys}", queries, keys, window, first, make)
 
     def first_hidden(self, keys):
         """For each of ``keys`` positions the first later one that does not see it, ``[B or 1, 1, keys, 1]`` int32.
@@ -235,7 +299,7 @@ class AttentionMask:
         return spans
 
 
-def attention(q, k, v, mask=None, window=None, sinks=None, first=0):
+def attention(q, k, v, mask=None, window=None, sinks=None, first=0, length=None):
     """Scaled dot-product attention with grouped queries.
 
     Args:
@@ -245,12 +309,13 @@ def attention(q, k, v, mask=None, window=None, sinks=None, first=0):
         window: how many positions, its own included, a query sees; None for all.
         sinks: ``[H]``, one more logit a head in its softmax that no value belongs to; None for none.
         first: position of the first key, where a sliding layer has forgotten those before.
+        length: how many of the ``S`` positions count, the first of them, by default all.
 
     Returns:
         ``[B, N, H * D]`` in the dtype of ``q``.
     """
     batch, queries, heads, width = q.shape
-    keys = k.shape[1]
+    keys, given = k.shape[1] if length is None else length, mask
     if window is not None and keys <= window:
         window = None
     if mask is not None and window is None and (mask.is_full(keys) or (queries == 1 and mask.sees_all_before)):
@@ -258,13 +323,18 @@ def attention(q, k, v, mask=None, window=None, sinks=None, first=0):
     out = None
     if window is None and sinks is None:  # what the kernels know
         kernel = fused.choose("attention", q.dtype)
-        if kernel != "plain" and queries > 1:  # one query is no work for a kernel that saves memory
-            out = fused.attention(kernel, q, k, v, mask)
+        if kernel != "plain":
+            whole = k.shape[1] > keys and given is not None and fused.takes_whole_caches(q.dtype)
+            if k.shape[1] > keys and not whole:
+                k, v = k[:, :keys], v[:, :keys]
+            out = fused.attention(kernel, q, k, v, given if whole else mask, keys)
         spans = mask is None or mask.is_spans
         if out is None and queries == keys and spans and gemm.suits(math.prod(q.shape) * keys, q, k, v):
             spans = (AttentionMask() if mask is None else mask).spans(batch, keys)
             out = gemm.attention(q, k, v, spans, causal=mask is not None)
     if out is None:
+        if k.shape[1] > keys:
+            k, v = k[:, :keys], v[:, :keys]
         out = _plain_attention(q, k, v, None if mask is None else mask.bias(queries, keys, window, first), sinks)
     return out.reshape([batch, queries, heads * width])
 
@@ -274,10 +344,14 @@ def _plain_attention(q, k, v, bias, sinks=None):
     batch, queries, heads, width = q.shape
     kv_heads = k.shape[2]
     group = heads // kv_heads
-    q = (q * width**-0.5).transpose([0, 2, 1, 3]).reshape([batch, kv_heads, group * queries, width])
+    q = (q * width**-0.5).transpose([0, 2, 1, 3])
+    q = q if group == 1 else q.reshape([batch, kv_heads, group * queries, width])
     scores = paddle.matmul(q, k.transpose([0, 2, 3, 1])).astype("float32")  # [B, K, group * N, S]
     if bias is not None:
-        scores = (scores.reshape([batch, kv_heads, group, queries, -1]) + bias.unsqueeze(1)).reshape(scores.shape)
+        if group == 1:
+            scores = scores + bias
+        else:
+            scores = (scores.reshape([batch, kv_heads, group, queries, -1]) + bias.unsqueeze(1)).reshape(scores.shape)
     if sinks is not None:
         sink = sinks.astype("float32").reshape([1, kv_heads, group, 1, 1]).expand([batch, -1, -1, queries, -1])
         scores = paddle.concat([scores, sink.reshape([batch, kv_heads, group * queries, 1])], axis=-1)
@@ -285,7 +359,8 @@ def _plain_attention(q, k, v, bias, sinks=None):
     if sinks is not None:
         weights = weights[..., :-1]
     out = paddle.matmul(weights.astype(v.dtype), v.transpose([0, 2, 1, 3]))
-    return out.reshape([batch, heads, queries, width]).transpose([0, 2, 1, 3])
+    out = out if group == 1 else out.reshape([batch, heads, queries, width])
+    return out.transpose([0, 2, 1, 3])
 
 
 def count_parameters(layer):
