@@ -2,11 +2,13 @@
 
     python benchmarks/finetune.py --model demo,1b --save
 
-One sample of four tiles and some text, the vision tower frozen, language model and projector trained whole, float32, AdamW
-with clipping. As in ``inference.py``, each repetition starts a process for each side, in turns.
+One sample of four tiles and some text, the vision tower frozen, language model and projector trained whole, AdamW with
+clipping; weights in float32, products in float32 and in bfloat16 (torch: under autocast). As in ``inference.py``, each
+repetition starts a process for each side, in turns.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 
@@ -54,7 +56,7 @@ def run_side(side, spec):
     config = InternVLChatConfig.from_pretrained(spec["directory"])
     samples = batch(config, spec)
     model = sides.open_side(side, spec)
-    model.start_training(config.llm_config.vocab_size - 1, spec["recompute"], **SETTINGS)
+    model.start_training(config.llm_config.vocab_size - 1, spec["recompute"], spec["products"] == "bfloat16", **SETTINGS)
     losses, times = [], []
     for _ in range(1 + spec["steps"]):  # the first warms up, and makes the states of the optimiser
         times.append(seconds(lambda: losses.append(model.train(samples))))
@@ -93,6 +95,7 @@ def parse_arguments():
     add = parser.add_argument
     add("--model", default="demo,1b", help="comma-separated: demo (bundled), 1b (the shapes of InternVL2-1B with random "
         "weights, which take 1.9 GB of the cache folder; a step takes 17 GB of memory), or checkpoint directories")  # fmt: skip
+    add("--products", default="float32,bfloat16", help="dtypes of products, comma-separated (default %(default)s)")
     add("--layers", type=int, help="blocks of the language model instead of all, with random weights")
     add("--rows", type=int, default=1, help="samples of a step (default %(default)s)")
     add("--text", type=int, default=128, help="tokens of text beside the tiles of a sample (default %(default)s)")
@@ -101,6 +104,8 @@ def parse_arguments():
     add("--recompute", action="store_true", help="both sides compute the activations of each block again")
     sides.add_arguments(add, "finetune")
     options = parser.parse_args()
+    if not set(options.products.split(",")) <= {"float32", "bfloat16"}:
+        parser.error("--products must be float32, bfloat16 or both")
     for name in ("rows", "text", "steps", "repeat", "threads", *(["layers"] if options.layers is not None else [])):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -119,9 +124,10 @@ def main():
     pythons, others = sides.pythons(options), machine.OtherWork()
     chosen = {name: getattr(options, name) for name in ("threads", "rows", "text", "answer", "steps", "recompute")}
     sections = []
-    for model, directory in zip(models, directories):
+    for (model, directory), products in itertools.product(zip(models, directories), options.products.split(",")):
         spec = {**chosen, "directory": str(directory), "dtype": "float32", "engine": "eager", "matmul": 2048}
-        merged = sides.measure(__file__, model, pythons, spec, options.repeat, ("step", "memory"))
+        spec["products"] = products
+        merged = sides.measure(__file__, f"{model}, {products}", pythons, spec, options.repeat, ("step", "memory"))
         sections.append((model, InternVLChatConfig.from_pretrained(directory), spec, merged))
 
     results = [result for *_, merged in sections for result in merged.values()]
@@ -130,12 +136,13 @@ def main():
     for model, config, spec, merged in sections:
         counts = parameter_counts(config)
         learned = sum(size for part, size in counts.items() if part != "vision")
-        lines += ["", f"## {model} ({sum(counts.values()) / 1e6:,.1f}M parameters, {learned / 1e6:,.1f}M learn)", ""]
+        sizes = f"{sum(counts.values()) / 1e6:,.1f}M parameters, {learned / 1e6:,.1f}M learn"
+        lines += ["", f"## {model}, products in {spec['products']} ({sizes})", ""]
         if options.layers:
             lines.append(f"With {options.layers} layers in the language model, not its own number.")
         lines += [
             f"{options.rows} x ({TILES} tiles of {config.num_image_token} tokens and {options.text} of text, {options.answer} "
-            f"learned){', with recompute' if options.recompute else ''}; float32, AdamW; {options.steps} steps after one."
+            f"learned){', with recompute' if options.recompute else ''}; AdamW; {options.steps} steps after one."
         ]
         lines += sides.failures(merged)
         difference = apart(merged)

@@ -59,11 +59,14 @@ class PaddleInternVL:
         self.model.img_context_token_id = context_id
         return int(self.model.generate(pixels, ids, max_new_tokens=1).numpy()[0, 0])
 
-    def start_training(self, context_id, recompute, **settings):
-        """Freeze the vision tower and make an optimiser with ``settings``; ``context_id`` marks the places of features."""
+    def start_training(self, context_id, recompute, bf16, **settings):
+        """Freeze the vision tower and make an optimiser with ``settings``; ``context_id`` marks the places of features.
+
+        ``bf16``: whether products are in bfloat16.
+        """
         self.model.img_context_token_id = context_id
         parameters = prepare(self.model, ModelArguments("x", freeze_backbone=True), recompute)
-        args = PreTrainingArguments("x", lr_scheduler_type="constant", **settings)
+        args = PreTrainingArguments("x", lr_scheduler_type="constant", bf16=bf16, **settings)
         self.trainer = Trainer(self.model, parameters, args, Processes(), 1, decays=lambda name: True)
 
     def train(self, batch):

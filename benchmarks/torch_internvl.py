@@ -177,9 +177,12 @@ class TorchInternVL:
         embeds[ids == context_id] = features.reshape(-1, features.shape[-1])
         return int(self._prefill(embeds, 1)[0])
 
-    def start_training(self, context_id, recompute, learning_rate, weight_decay, max_grad_norm):
-        """Freeze the vision tower and make an optimiser; ``context_id`` marks the places of features."""
-        self.context_id, self.max_grad_norm = context_id, max_grad_norm
+    def start_training(self, context_id, recompute, bf16, learning_rate, weight_decay, max_grad_norm):
+        """Freeze the vision tower and make an optimiser; ``context_id`` marks the places of features.
+
+        ``bf16``: whether the forward pass is under autocast.
+        """
+        self.context_id, self.max_grad_norm, self.bf16 = context_id, max_grad_norm, bf16
         self.llm.train()
         self.projector.train()
         if recompute:
@@ -190,13 +193,14 @@ class TorchInternVL:
     def train(self, batch):
         """One step on a batch of arrays ``input_ids``, ``labels`` and ``pixel_values``; returns the loss before it."""
         pixels, ids, labels = (torch.from_numpy(batch[key]) for key in ("pixel_values", "input_ids", "labels"))
-        with torch.no_grad():
-            patches = torch.cat([self.patches(part) for part in pixels.split(1)])
-        features = self.projector(patches)
-        embeds = self.llm.get_input_embeddings()(ids)
-        places = (ids == self.context_id).unsqueeze(-1).expand_as(embeds)
-        embeds = embeds.masked_scatter(places, features)
-        loss = self.llm(inputs_embeds=embeds, labels=labels, use_cache=False).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad():
+                patches = torch.cat([self.patches(part) for part in pixels.split(1)])
+            features = self.projector(patches)
+            embeds = self.llm.get_input_embeddings()(ids)
+            places = (ids == self.context_id).unsqueeze(-1).expand_as(embeds)
+            embeds = embeds.masked_scatter(places, features.to(embeds.dtype))
+            loss = self.llm(inputs_embeds=embeds, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
         self.optimizer.step()

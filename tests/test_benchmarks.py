@@ -172,7 +172,10 @@ def test_a_training_step_of_the_bundled_model_without_torch():
     done = run("--model", "demo", "--layers", "2", "--torch-python", shutil.which("false"), script="finetune.py")
     assert done.returncode == 0, done.stderr
     assert "With 2 layers" in done.stdout and "pip install torch==" in done.stdout
-    rows = figures(done.stdout)
+    plain, rounded = done.stdout.split("## demo, products in ")[1:]
+    assert plain.startswith("float32") and rounded.startswith("bfloat16")
+    assert list(figures(rounded)) == list(figures(plain)) and figures(rounded) != figures(plain)
+    rows = figures(plain)
     assert list(rows) == ["step, s", "tokens/s", "samples/s", "peak memory, GB"]
     step, tokens = rows["step, s"][0], rows["tokens/s"][0]
     assert tokens * step == pytest.approx(4 * 9 + 128, rel=0.02)

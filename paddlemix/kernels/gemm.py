@@ -11,6 +11,7 @@ D head width.
 
 import ctypes
 import functools
+import math
 import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +25,9 @@ from paddlemix import device
 
 from .cpu import num_threads
 
-__all__ = ["attention", "gelu", "linear", "suits"]
+__all__ = ["Products", "attention", "gelu", "linear", "linear_for", "outer", "plain", "suits", "transposed"]
+
+active = None  # a Bfloat16Products, within its context
 
 # Below so many multiplications a call costs more than it saves.
 _SMALL = 4_000_000
@@ -99,14 +102,26 @@ def _pool(threads):
 # ---------------------------------------------------------------------- linear
 
 
-def linear(x, weight, bias=None):
-    """``x @ weight + bias``: ``x [..., in]``, ``weight [in, out]``, ``bias [out]`` or None, all float32 -> ``[..., out]``."""
-    if paddle.is_grad_enabled() and not all(t is None or t.stop_gradient for t in (x, weight, bias)):
-        return _Linear.apply(x, weight, bias)
-    return _linear(x, weight, bias)
+def linear_for(x, weight, turned=False):
+    """What computes ``x @ weight + bias``, :meth:`Products.linear`; None where Paddle's own is as good.
+
+    Args:
+        x: ``[..., in]``.
+        weight: ``[in, out]``, or ``[out, in]`` if ``turned``.
+    """
+    if active is not None and x.dtype == weight.dtype == paddle.float32:
+        return active.linear
+    outputs = weight.shape[0 if turned else 1]
+    return linear if suits(math.prod(x.shape) * outputs, x, weight) else None
 
 
-def _linear(x, weight, bias):
+def linear(x, weight, bias=None, turned=False):
+    """As :meth:`Products.linear`, in float32."""
+    return _FLOAT32.linear(x, weight, bias, turned)
+
+
+def plain(x, weight, bias=None):
+    """:func:`linear` without gradients."""
     x, weight = x.contiguous(), weight.contiguous()
     out = paddle.empty([*x.shape[:-1], weight.shape[1]], "float32")
     rows, result = _array(x).reshape(-1, x.shape[-1]), _array(out).reshape(-1, out.shape[-1])
@@ -116,28 +131,87 @@ def _linear(x, weight, bias):
     return out
 
 
+def transposed(x, weight):
+    """``x [..., out] @ weight^T`` of ``weight [in, out]`` without gradients."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = paddle.empty([*x.shape[:-1], weight.shape[0]], "float32")
+    rows, result = _array(x).reshape(-1, x.shape[-1]), _array(out).reshape(-1, out.shape[-1])
+    _in_threads(lambda: _multiply(rows, _array(weight).T, result))
+    return out
+
+
+def outer(x, y):
+    """``x^T @ y`` of ``x [M, in]`` and ``y [M, out]`` without gradients."""
+    x, y = x.contiguous(), y.contiguous()
+    out = paddle.empty([x.shape[1], y.shape[1]], "float32")
+    _in_threads(lambda: _multiply(_array(x).T, _array(y), _array(out)))
+    return out
+
+
+class Products:
+    """The products of a linear layer, forward and backward, in float32; without gradients but for :meth:`linear`."""
+
+    def times(self, x, weight):
+        """``x [..., in] @ weight [in, out]``."""
+        return plain(x, weight)
+
+    def times_turned(self, x, weight):
+        """``x [..., out] @ weight^T``."""
+        return transposed(x, weight)
+
+    def outer(self, x, y):
+        """``x^T @ y`` of ``x [M, in]`` and ``y [M, out]``, one of them as :meth:`kept`."""
+        return outer(x, y)
+
+    def kept(self, x):
+        """``x`` in the form that is kept for gradients."""
+        return x
+
+    def linear(self, x, weight, bias=None, turned=False):
+        """``x @ weight + bias``: ``x [..., in]``, ``weight [in, out]``, or ``[out, in]`` if ``turned``, ``bias [out]`` or None,
+        all float32 -> ``[..., out]``."""
+        if paddle.is_grad_enabled() and not all(t is None or t.stop_gradient for t in (x, weight, bias)):
+            return _Linear.apply(x, weight, bias, self, turned)
+        return self.forward(x, weight, bias, turned)
+
+    def forward(self, x, weight, bias, turned):
+        """:meth:`linear` without gradients."""
+        if turned:
+            y = self.times_turned(x, weight)
+            return y if bias is None else y + bias
+        y = self.times(x, weight)
+        return y if bias is None else y + bias
+
+
+class _Float32(Products):
+    def forward(self, x, weight, bias, turned):
+        return super().forward(x, weight, bias, turned) if turned else plain(x, weight, bias)  # whose sums begin with the bias
+
+
+_FLOAT32 = _Float32()
+
+
 class _Linear(paddle.autograd.PyLayer):
     @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, products, turned):
+        ctx.products, ctx.turned, ctx.has_bias = products, turned, bias is not None
         ctx.learns = [t is not None and not t.stop_gradient for t in (x, weight, bias)]
-        ctx.has_bias = bias is not None
-        return _linear(x, weight, bias)
+        ctx.save_for_backward(products.kept(x) if ctx.learns[1] else None, weight)
+        return products.forward(x, weight, bias, turned)
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight = (tensor.contiguous() for tensor in ctx.saved_tensor())
-        gradient = gradient.contiguous()
-        outer = _array(gradient).reshape(-1, gradient.shape[-1])
-        of_x, of_weight, of_bias = (None,) * 3
+        x, weight = ctx.saved_tensor()
+        products, gradient = ctx.products, gradient.contiguous()
+        rows = gradient.reshape([-1, gradient.shape[-1]])
+        of_x = of_weight = of_bias = None
         if ctx.learns[0]:
-            of_x = paddle.empty(x.shape, "float32")
-            _in_threads(lambda: _multiply(outer, _array(weight).T, _array(of_x).reshape(-1, x.shape[-1])))
+            of_x = (products.times if ctx.turned else products.times_turned)(gradient, weight)
         if ctx.learns[1]:
-            of_weight = paddle.empty(weight.shape, "float32")
-            _in_threads(lambda: _multiply(_array(x).reshape(-1, x.shape[-1]).T, outer, _array(of_weight)))
+            x = x.reshape([-1, x.shape[-1]])
+            of_weight = products.outer(rows, x) if ctx.turned else products.outer(x, rows)
         if ctx.learns[2]:
-            of_bias = paddle.to_tensor(outer.sum(0))
+            of_bias = rows.sum(axis=0)
         return (of_x, of_weight, of_bias) if ctx.has_bias else (of_x, of_weight)
 
 

@@ -174,8 +174,8 @@ class PreTrainingArguments:
     lr_end: float = _arg(1e-7, "last learning rate of polynomial")
     power: float = _arg(1.0, "power of polynomial")
 
-    fp16: bool = _arg(False, "compute in float16 (V100)")
-    bf16: bool = _arg(False, "compute in bfloat16; on CPU training is in float32 all the same")
+    fp16: bool = _arg(False, "compute in float16 (V100); on CPU training is in float32 all the same")
+    bf16: bool = _arg(False, "compute in bfloat16; on CPU the products of linear layers, forward and backward")
     fp16_opt_level: str = _arg("O1", "O1: weights in float32; O2: weights in half precision too", ("O1", "O2"))
     amp_master_grad: bool = _arg(False, "with O2: sum gradients in float32")
     scale_loss: float = _arg(2.0**15, "with --fp16: the first loss scale")

@@ -182,7 +182,7 @@ def _rounded(value):
     return float(f"{value:.9g}") if isinstance(value, (float, np.floating)) else value
 
 
-def summary(model, args, total, processes, dtype, half):
+def summary(model, args, total, processes, dtype, half, products=None):
     """What a run of ``total`` steps is, in a sentence.
 
     Args:
@@ -191,6 +191,7 @@ def summary(model, args, total, processes, dtype, half):
         total: steps.
         processes: :class:`~.processes.Processes`.
         dtype, half: of the weights, and of products on devices that have it.
+        products: :class:`~paddlemix.kernels.bfloat16.Bfloat16Products` where they compute them, on CPU.
     """
     sizes = [(p.size, p.stop_gradient) for p in model.parameters()]
     sizes += [(layer.in_features * layer.out_features, True) for layer in model.quantised_layers.values()]
@@ -199,6 +200,8 @@ def summary(model, args, total, processes, dtype, half):
     computed = "" if half is None or dtype == half else f", products in {half}"
     under = f", under adapters in {model.weight_dtype}" if model.quantised_layers else ""
     note = " (Paddle trains in nothing else on CPU)" if args.half and half is None else ""
+    if products is not None:
+        computed, note = ", products in bfloat16", products.note
     return (
         f"{learned / 1e6:,.1f} of {sum(size for size, _ in sizes) / 1e6:,.1f} million parameters learn; {total} steps of "
         f"{batch} rows on {processes.everybody.size} x {device.current()}; weights in {dtype}{under}{computed}{note}"

@@ -371,7 +371,7 @@ def plan(config, model_args, data_args, train_args, processes, kind):
     Returns:
         (counts as from :func:`parameters`, :class:`Batch`, :class:`Memory`).
     """
-    if device.is_cpu(kind):  # always trains in float32
+    if device.is_cpu(kind):  # weights, gradients and most of what is kept are in float32 there
         train_args = dataclasses.replace(train_args, bf16=False, fp16=False, amp_master_grad=False)
     counts = parameters(config, model_args)
     batch = largest_batch(config, data_args, train_args)

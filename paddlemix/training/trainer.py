@@ -17,6 +17,8 @@ import paddle
 from paddlemix import device
 from paddlemix.datasets.internvl2 import BadSampleLog
 from paddlemix.errors import ConfigError, TrainingError, UserError
+from paddlemix.kernels.bfloat16 import Bfloat16Products
+from paddlemix.models.blocks.engine import fuse_frozen_tower
 from paddlemix.models.blocks.parallel import whole_parameters
 from paddlemix.parallel.groups import now_doing
 
@@ -85,6 +87,10 @@ class Trainer:
         self.weights = ShardedWeights(model, self.optimizer) if self.optimizer.stage == 3 else None
         self.optimizer.watch(model)
         self.half = None if device.is_cpu() else args.half
+        self.products = Bfloat16Products() if device.is_cpu() and args.bf16 else None
+        rounds = self.products is not None and self.products.packed is None  # which the engine does not
+        if device.is_cpu() and self.weights is None and not rounds:
+            fuse_frozen_tower(model, "float32" if self.products is None else self.products.packed)
         self.set_objective(objective or CausalObjective())
 
     def set_objective(self, objective):
@@ -95,6 +101,8 @@ class Trainer:
 
     def autocast(self):
         """A context in which products are computed in half precision, if that is asked for."""
+        if self.products is not None:
+            return self.products
         if self.half is None or self.args.fp16_opt_level == "O2":  # O2: the weights' own dtype decides
             return contextlib.nullcontext()
         return paddle.amp.auto_cast(level="O1", dtype=self.half)
@@ -125,7 +133,8 @@ class Trainer:
         for number_here, batch in enumerate(batches, 1):
             loss = self._loss(batch, totals)
             self.optimizer.begin_backward(last=number_here == len(batches))
-            (loss * self.optimizer.loss_scale).backward()
+            with self.products or contextlib.nullcontext():  # activations may be computed again
+                (loss * self.optimizer.loss_scale).backward()
             self.optimizer.accumulate()
             if self.weights:
                 self.weights.end_backward()
@@ -138,6 +147,8 @@ class Trainer:
         rate = learning_rate(number, self.total, self.args)
         scale = self.optimizer.loss_scale
         norm = self.optimizer.step(rate)
+        if self.products is not None:
+            self.products.forget()
         if not math.isfinite(norm) and scale == 1.0:
             self._fail(number, "gradients are not finite", [name for batch in batches for name in batch["names"]])
         return loss, norm, rate
@@ -284,7 +295,7 @@ def finetune(model_args, data_args, args, recipe=None, scorer=None):
             trainer.objective.load_state(state["objective"])
 
     log = TrainLog(args, total, done, processes.is_first)
-    log.say(summary(model, args, total, processes, dtype, half))
+    log.say(summary(model, args, total, processes, dtype, half, trainer.products))
     if resumed:
         log.say(f"going on from {resumed} after {done} steps")
     try:

@@ -78,6 +78,7 @@ def test_a_run_learns_and_leaves_a_whole_model(tmp_path):
 MODES = {
     "plain": [],
     "workers": ["--dataloader_num_workers", "2"],
+    "bfloat16": "--bf16 True --fp16_opt_level O2 --amp_master_grad True --recompute True".split(),
     "lora": "--use_llm_lora 2 --freeze_llm True --freeze_mlp True".split(),
     "packed": "--use_packed_ds True --max_packed_tokens 256 --max_seq_length 256 --num_images_expected 6 --max_buffer_size 2 "
     "--per_device_train_batch_size 1".split(),

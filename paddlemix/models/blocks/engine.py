@@ -20,7 +20,9 @@ from paddlemix.kernels.decoder import MOST_ROWS, DecoderStack
 from .experts import run_experts
 from .kv_cache import INT8
 from .language import TiedHead
+from .layers import Linear
 from .quantising import QuantisedEmbedding, QuantisedLinear
+from .vision import VisionAttention, VisionLayer
 
 ENGINES = ("auto", "eager", "inference")
 
@@ -109,6 +111,22 @@ def fuse(model, dtype, packs=None):
     tokens = (model.config.image_size // embeddings.patch_embedding.patch) ** 2
     model.vision_batch = max(1, 1024 // tokens)
     model.eval()
+
+
+def fuse_frozen_tower(model, dtype):
+    """Let a large vision tower that does not learn compute as in the engine, in ``dtype``; its own weights stay beside.
+
+    Only where the CPU kernels work, and the tower's blocks are whole and plain.
+    """
+    encoder = getattr(getattr(model, "vision_model", None), "encoder", None)
+    layers = getattr(encoder, "layers", ())
+    plain = all(type(layer) is VisionLayer and type(layer.attn) is VisionAttention for layer in layers)
+    sizes = [p.size if p.stop_gradient else None for layer in layers for p in layer.parameters()]
+    linears = [part for layer in layers for part in layer.sublayers() if hasattr(part, "product")]
+    plain = plain and all(type(part) is Linear and part.group is None for part in linears)
+    if plain and None not in sizes and sum(sizes) >= _WORTH_COMPILING and kernels.available(dtype):
+        pack = _Packer(dtype)
+        encoder.fused = [_VisionLayer(layer, pack) for layer in layers]
 
 
 def _norm(layer):

@@ -14,6 +14,8 @@ import paddle
 from paddle import nn
 from paddle.nn import functional as F
 
+from paddlemix.kernels import gemm
+
 from .experts import GatedMLP, MixtureOfExperts
 from .kv_cache import KVCache
 from .last import LastPositions, last_of
@@ -310,6 +312,9 @@ class TiedHead(nn.Layer):
 
     def forward(self, x):
         """``[..., D] -> [..., V]``."""
+        linear = gemm.linear_for(x, self.embedding.weight, turned=True)
+        if linear is not None:
+            return linear(x, self.embedding.weight, turned=True)
         return paddle.matmul(x, self.embedding.weight.astype(x.dtype), transpose_y=True)
 
 

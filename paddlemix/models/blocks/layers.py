@@ -47,17 +47,17 @@ class Linear(nn.Linear):
 
     def forward(self, x, gelu=False, scale=None, residual=None):
         """``x [..., in] -> [..., out]``; ``scale [out]`` and ``residual [..., out]`` are optional."""
-        suits = self.weight is not None and gemm.suits(math.prod(x.shape) * self.weight.shape[1], x, self.weight)
         bias = self.bias if self.group is None else None
-        linear = gemm.linear if suits else F.linear
-        if bias is not None and not suits and fused.choose("linear", x.dtype) != "plain":
+        own = None if self.weight is None else gemm.linear_for(x, self.weight)
+        linear = own or F.linear
+        if bias is not None and self.weight is not None and own is None and fused.choose("linear", x.dtype) != "plain":
             linear = fused.linear
         y = self.product(x, linear, bias)
         if self.group is not None:
             y = self.group.summed(y)
             y = y if self.bias is None else y + self.bias
         if gelu:
-            y = gemm.gelu(y) if suits and y.stop_gradient else F.gelu(y)
+            y = gemm.gelu(y) if own and y.stop_gradient else F.gelu(y)
         if scale is not None:
             y = y * scale
         return y if residual is None else residual + y

@@ -168,9 +168,17 @@ class VisionEncoder(nn.Layer):
         rates = [config.drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.layers = nn.LayerList([VisionLayer(config, rate) for rate in rates])
         self.enable_recompute = False
+        self.fused = None  # a list of the engine's blocks where a tower that does not learn has them beside its own
 
     def forward(self, x, depth):
         """Run the first ``depth`` blocks on ``x [T, 1 + P, D]``."""
+        if self.fused is not None:
+            tiles = []
+            for tile in x.split(x.shape[0]):  # one's activations stay in the cache
+                for layer in self.fused[:depth]:
+                    tile = layer(tile)
+                tiles.append(tile)
+            return paddle.concat(tiles)
         for layer in self.layers[:depth]:
             if self.enable_recompute and self.training:
                 # Non-reentrant: the input of the first block needs no gradient, which the reentrant form would take

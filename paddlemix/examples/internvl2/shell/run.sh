@@ -14,7 +14,7 @@
 #   PARTITION                a partition of Slurm: the script starts itself there, on GPUS / GPUS_PER_NODE [8] machines, with
 #                            QUOTA_TYPE, CPUS_PER_TASK [10] a device, and SRUN_ARGS
 #   NNODES, MASTER_ADDR, PORT  other words for NODES and MASTER
-#   PRECISION [bf16]         bf16, fp16 (V100) or fp32 [fp32 on cpu, which computes in nothing else]
+#   PRECISION [bf16]         bf16, fp16 (V100) or fp32 [fp32 on cpu, where bf16 is of products alone]
 #   PYTHON [python]          the interpreter
 # Arguments of the script are handed on to the trainer, after those below, so that they replace them, such as --sharding stage3.
 # --dry_run prints the plan for all processes and starts none.
