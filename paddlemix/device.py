@@ -31,14 +31,19 @@ _FUSED = {
         "add_norm": "fused_rms_norm",
         "rope": "fused_rotary_position_embedding",
         "linear": "fused_linear",
+        "int8": "weight_only_linear",
+        "int4": "weight_only_linear",
     },
     "npu": {
         "attention": "flash_attention_npu",
         "norm": "rms_norm_npu",
         "rope": "fused_rope",
         "linear": "fused_linear",
+        "int8": "weight_only_linear_npu",
     },
 }
+# Compute capabilities that Paddle's products with weights in few bits were written for.
+_WEIGHT_ONLY = (70, 75, 80, 86, 89, 90, 100)
 
 # Where users say which devices a program may see.
 _VISIBLE = {"gpu": "CUDA_VISIBLE_DEVICES", "npu": "NPU_VISIBLE_DEVICES"}
@@ -166,12 +171,15 @@ def resolve_dtype(dtype="auto"):
 def fused_kernel(function, dtype):
     """Name of the fused kernel that the device in use may have for a function of ``kernels/fused.py``; None for none.
 
-    Attention kernels exist for half precision only, and on GPU from compute capability 8.0 (A100) on; a sum with its norm and
-    a product with its bias are worth the trouble in half precision alone.
+    Attention kernels exist for half precision only, and on GPU from compute capability 8.0 (A100) on; those for weights in few
+    bits, ``int8`` and ``int4``, for half precision and the cards that Paddle lists; a sum with its norm and a product with its
+    bias are worth the trouble in half precision alone.
     """
     kind = current()
     name = _FUSED.get(kind, {}).get(function)
-    if function in ("add_norm", "linear") and dtype not in _HALF:
+    if function in ("add_norm", "linear", "int8", "int4") and dtype not in _HALF:
+        return None
+    if name == "weight_only_linear" and architecture() not in _WEIGHT_ONLY:
         return None
     if function == "attention" and name:
         if dtype not in _HALF:
@@ -179,6 +187,14 @@ def fused_kernel(function, dtype):
         if kind == "gpu" and not supports_bfloat16():
             return None
     return name
+
+
+def architecture():
+    """Compute capability of the GPU in use, 80 for 8.0; None on other devices."""
+    if current() != "gpu":
+        return None
+    major, minor = paddle.device.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def never_holds_scores(kind, dtype):

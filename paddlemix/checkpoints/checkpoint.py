@@ -49,8 +49,8 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
         shares: called with a parameter's name; the :class:`~.contents.Share` of it that is wanted, None for all of it, or
             ``NOTHING``. None wants all of all.
         sinks: called with the name and shape ``[out, in]`` of one of ``quantised``: what takes its rows as they are read, by
-            ``put(first output, rows)``, and then comes in the place of its array. Not where its rows are not outputs. None for
-            none.
+            ``put(first output, rows)``, and then comes in the place of its array; or None for an array. Not where its rows are
+            not outputs. None for none.
 
     Yields:
         ``(name, array)`` for every parameter as soon as it is complete, in no particular order. Arrays have the
@@ -87,9 +87,11 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
             if weight.name not in arrays:
                 turn = weight.name in targets and weight.linear
                 if sinks is not None and weight.name in targets and weight.name not in whole:
-                    arrays[weight.name] = sinks(weight.name, weight.shape[::-1] if turn else weight.shape)
-                    yield source, files.get(source.location), arrays[weight.name], target
-                    continue
+                    sink = sinks(weight.name, weight.shape[::-1] if turn else weight.shape)
+                    if sink is not None:
+                        arrays[weight.name] = sink
+                        yield source, files.get(source.location), sink, target
+                        continue
                 array = aligned_empty(weight.shape[::-1] if turn else weight.shape, ARRAY_DTYPES[target])
                 arrays[weight.name] = array.T if turn else array
                 turned.update([weight.name] if turn else [])

@@ -20,7 +20,7 @@ from paddle.nn import functional as F
 from paddlemix import device
 from paddlemix.errors import DeviceError
 
-FUNCTIONS = ("attention", "norm", "add_norm", "rope", "linear")
+FUNCTIONS = ("attention", "norm", "add_norm", "rope", "linear", "int8", "int4")
 
 _log = logging.getLogger(__name__)
 _chosen = {}
@@ -48,7 +48,7 @@ def _choose(function, dtype, kind):
         name, reason = "plain", "by PADDLEMIX_KERNELS"
     elif name is None:
         name, reason = "plain", "nothing else for this dtype here"
-    elif name in _PROBES and not _PROBES[name]():
+    elif (probe := _PROBES.get(name) or _PROBES.get((name, function))) and not probe():
         name, reason = "plain", f"{name} is not offered by {_OFFERED_BY.get(kind, 'the plug-in')}"
     else:
         reason = "the fastest here"
@@ -186,7 +186,46 @@ def _add_norm_offered():
     )
 
 
+def _weight_only_gpu(x, codes, scales, bits, group, bias):
+    return paddle.nn.quant.weight_only_linear(
+        x, codes, bias=bias, weight_scale=scales, weight_dtype=f"int{bits}", arch=device.architecture(), group_size=group
+    )
+
+
+def _weight_only_npu(x, codes, scales, bits, group, bias):
+    # It has two axes, no bias and one scale an output.
+    y = _C_ops._run_custom_op("weight_only_linear_npu", x.reshape([-1, x.shape[-1]]), codes, scales)[0]
+    y = y if bias is None else y + bias
+    return y.reshape([*x.shape[:-1], codes.shape[1]])
+
+
+def weight_quantize(weight, bits, group):
+    """Codes, in the layout of the GPU in use, and scales of ``weight [in, out]`` in half precision; all axes multiples of 64.
+
+    Others crash the process.
+    """
+    return paddle.nn.quant.weight_quantize(weight, algo=f"weight_only_int{bits}", arch=device.architecture(), group_size=group)
+
+
+def _few_bits_offered(bits, ascend):
+    # Codes of 4 bits that come out as they are: each output's and group's largest is the largest code.
+    codes = np.resize(np.arange(-7, 8), [128, 64]).astype("float32")
+    x = np.sin(np.arange(3 * 128, dtype="float32")).reshape(3, 128) / 8
+
+    def call(x, values):
+        if ascend:
+            largest = np.full(64, 7 / 8 / 127, "float32")
+            given = paddle.to_tensor(np.rint(codes / 7 * 127).astype("int8")), paddle.to_tensor(largest).astype(x.dtype)
+            return _weight_only_npu(x, *given, bits, 64, None)
+        return _weight_only_gpu(x, *weight_quantize(values, bits, 64), bits, 64, None)
+
+    return _agrees(f"weights in {bits} bits", call, [x @ codes / 8], x, codes / 8)
+
+
 _PROBES = {
+    ("weight_only_linear", "int8"): functools.cache(lambda: _few_bits_offered(8, False)),
+    ("weight_only_linear", "int4"): functools.cache(lambda: _few_bits_offered(4, False)),
+    ("weight_only_linear_npu", "int8"): functools.cache(lambda: _few_bits_offered(8, True)),
     "flash_attention_npu": _flash_npu,
     "rms_norm_npu": _norm_npu_offered,
     "fused_rope": _rope_npu_offered,
@@ -200,6 +239,7 @@ _OFFERED_BY = {device.PUBLISHED: "this build of Paddle"}
 _ATTENTION = {"flash_attention": _attention_gpu, "flash_attention_npu": _attention_npu}
 _NORM = {"rms_norm": _norm_gpu, "rms_norm_npu": _norm_npu}
 _ADD_NORM = {"fused_rms_norm": _add_norm_gpu}
+_WEIGHT_ONLY = {"weight_only_linear": _weight_only_gpu, "weight_only_linear_npu": _weight_only_npu}
 _ROPE = {"fused_rotary_position_embedding": _rope_gpu, "fused_rope": _rope_npu}
 
 
@@ -233,6 +273,11 @@ def add_rms_norm(kernel, x, residual, weight, eps):
 def linear(x, weight, bias):
     """``x [..., in] @ weight [in, out] + bias [out]`` in one operator. It could apply GELU as well, but by tanh alone."""
     return _linear(x, weight, bias)
+
+
+def weight_only(kernel, x, codes, scales, bits, group, bias=None):
+    """``x [..., in] @ weight + bias`` for a weight as :mod:`~.weight_only` made it, ``x`` in half precision."""
+    return _WEIGHT_ONLY[kernel](x, codes, scales, bits, group, bias)
 
 
 def rope_tables(cos, sin, dtype):

@@ -206,7 +206,7 @@ class Engine:
         )  # fmt: skip
         longest = self.loop.longest
         weights = sum(p.size * p.element_size() for p in model.parameters())
-        weights += sum(layer.quantised.nbytes for layer in model.quantised_layers.values())
+        weights += sum(layer.nbytes for layer in model.quantised_layers.values())
         at_once = min(args.max_num_seqs, max(1, self.loop.positions // longest))
         self.summary = (
             f"weights: {_size(weights)} ({count_parameters(model) / 1e6:.1f} million plain parameters), "

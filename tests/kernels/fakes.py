@@ -26,6 +26,7 @@ CACHED = (
     fused._rope_npu_offered,
     fused._linear_offered,
     fused._add_norm_offered,
+    *(fused._PROBES[key] for key in fused._PROBES if isinstance(key, tuple)),
     fused._signs,
     kv_cache._shows_writes,
 )
@@ -142,7 +143,17 @@ def fused_rope(x, cos, sin):
     return [rope_by_definition(x, cos, sin)]
 
 
-def play_ascend(monkeypatch, arguments=13, linear=True, names=(flash_attention_npu, rms_norm_npu, fused_rope)):
+def weight_only_linear_npu(x, weight, scale):
+    assert len(x.shape) == 2 and weight.shape == [x.shape[1], scale.shape[0]] and len(scale.shape) == 1
+    assert weight.dtype == paddle.int8 and scale.dtype == x.dtype
+    values = weight.astype("float32") * scale.astype("float32")
+    return [paddle.matmul(x.astype("float32"), values).astype(x.dtype)]
+
+
+ASCEND = (flash_attention_npu, rms_norm_npu, fused_rope, weight_only_linear_npu)
+
+
+def play_ascend(monkeypatch, arguments=13, linear=True, names=ASCEND):
     """Play the plug-in's custom operators ``names``, attention with so many ``arguments``; returns the :class:`Calls`.
 
     ``linear``: whether the plug-in's product with a bias takes more than two axes.
@@ -215,12 +226,42 @@ def rotate(q, k, v, sin, cos, position_ids, use_neox_rotary_style, time_major, r
     return tuple(None if x is None else rope_by_definition(x, cos, sin) for x in (q, k, v))
 
 
-def play_gpu(monkeypatch):
-    """Play Paddle's kernels on a card of compute capability 8.0; returns the :class:`Calls`."""
+class FewBits:
+    """``weight_quantize``, whose layout is that of Paddle's own on CPU, and the product that alone can read it."""
+
+    def __init__(self, architecture):
+        self.architecture, self._values = architecture, {}
+
+    def quantise(self, x, algo, arch, group_size):
+        bits = {"weight_only_int8": 8, "weight_only_int4": 4}[algo]
+        assert arch == self.architecture and group_size in (-1, 64, 128) and x.dtype in (*device._HALF, paddle.bfloat16)
+        assert x.shape[0] % 64 == x.shape[1] % 64 == 0  # or the real one writes where it should not
+        half = x.astype("bfloat16") if x.dtype == paddle.float64 else x
+        codes, scales = paddle._C_ops.weight_quantize(half, algo, 80, group_size)
+        values = half.astype("float32").numpy().reshape([-1, 64, x.shape[1]])
+        known, most = scales.astype("float32").numpy()[:, None], 2 ** (bits - 1) - 1
+        read = np.divide(values, known, out=np.zeros_like(values), where=known > 0)
+        self._values[codes.numpy().tobytes()] = (np.rint(read).clip(-most, most) * known).reshape(x.shape)
+        return codes, scales.astype(x.dtype)
+
+    def product(self, x, weight, bias, weight_scale, weight_dtype, arch, group_size):
+        values = self._values[weight.numpy().tobytes()]
+        assert arch == self.architecture and group_size == 64 and weight.dtype == paddle.int8
+        assert weight.shape == [values.shape[1] // {"int8": 1, "int4": 2}[weight_dtype], x.shape[-1]]
+        assert weight_scale.shape == [x.shape[-1] // 64, values.shape[1]] and weight_scale.dtype == x.dtype
+        y = paddle.matmul(x.astype("float32"), paddle.to_tensor(values))
+        assert bias is None or (bias.shape == [values.shape[1]] and bias.dtype == x.dtype)
+        return (y if bias is None else y + bias.astype("float32")).astype(x.dtype)
+
+
+def play_gpu(monkeypatch, architecture=80):
+    """Play Paddle's kernels on a card of compute capability 8.0, or another; returns the :class:`Calls`."""
     calls = Calls()
     functional, more = paddle.nn.functional, paddle.incubate.nn.functional
     monkeypatch.setattr(device, "current", lambda: "gpu")
     monkeypatch.setattr(device, "supports_bfloat16", lambda: True)
+    monkeypatch.setattr(device, "architecture", lambda: architecture)
+    few = FewBits(architecture)
     for module, name, function in (
         (functional.flash_attention, "flash_attention", flash_attention),
         (functional, "flashmask_attention", flashmask_attention),
@@ -228,6 +269,8 @@ def play_gpu(monkeypatch):
         (more, "fused_rms_norm", fused_rms_norm),
         (more, "fused_rotary_position_embedding", rotate),
         (more, "fused_linear", fused_linear),
+        (paddle.nn.quant, "weight_quantize", few.quantise),
+        (paddle.nn.quant, "weight_only_linear", few.product),
     ):
         monkeypatch.setattr(module, name, calls.as_documented(getattr(module, name), function))
     return calls
@@ -238,10 +281,9 @@ PLAYED = {"gpu": play_gpu, "npu": play_ascend}
 # ---------------------------------------------------------------------- counting
 
 
-def steps(model):
-    """``{step: (what runs it, the blocks that it goes through)}`` of a chat model."""
+def steps(model, dtype="float64"):
+    """``{step: (what runs it, the blocks that it goes through)}`` of a chat model in ``dtype``."""
     language = model.language_model
-    dtype = str(model.mlp1[1].weight.dtype).removeprefix("paddle.")
 
     def decode(tokens, before):
         cache = kv_cache.KVCache(language.config, 1, 64, dtype)

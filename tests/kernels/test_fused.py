@@ -233,6 +233,8 @@ def test_choices_can_be_switched_off_and_are_told_once(ascend, monkeypatch, capl
         "add_norm": "plain",
         "rope": "fused_rope",
         "linear": "fused_linear",
+        "int8": "weight_only_linear_npu",
+        "int4": "plain",
     }
     assert [record.getMessage() for record in caplog.records] == [
         "attention in bfloat16 on npu: plain (by PADDLEMIX_KERNELS)",
@@ -240,6 +242,8 @@ def test_choices_can_be_switched_off_and_are_told_once(ascend, monkeypatch, capl
         "add_norm in bfloat16 on npu: plain (nothing else for this dtype here)",
         "rope in bfloat16 on npu: fused_rope (the fastest here)",
         "linear in bfloat16 on npu: fused_linear (the fastest here)",
+        "int8 in bfloat16 on npu: weight_only_linear_npu (the fastest here)",
+        "int4 in bfloat16 on npu: plain (nothing else for this dtype here)",
     ]
 
 

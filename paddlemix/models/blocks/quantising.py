@@ -2,13 +2,15 @@
 
 Matrices of the parts in question get the bits that were asked for; the output head and the token embeddings 8, since few of
 their numbers are read for a token and their errors reach every answer. Activations stay as they are. On CPU the engine
-(:mod:`~.engine`) takes these layers into its kernels; the plain ones turn a weight into floating point for each product.
+(:mod:`~.engine`) takes these layers into its kernels, on devices that have an operator for them they use that
+(:mod:`~paddlemix.kernels.weight_only`); the plain ones turn a weight into floating point for each product.
 
 Weights in few bits do not learn, but adapters on them do (QLoRA, arXiv 2305.14314): then only what adapters lie on is in few
 bits.
 """
 
 import contextlib
+import logging
 import math
 import threading
 import warnings
@@ -24,6 +26,7 @@ from paddlemix.checkpoints.checkpoint import load_checkpoint
 from paddlemix.checkpoints.saving import reading
 from paddlemix.errors import CheckpointError, ConfigError
 from paddlemix.kernels import cpu
+from paddlemix.kernels.weight_only import DeviceWeight, told
 
 from .adapters import adapted_weights
 from .language import TiedHead
@@ -32,6 +35,8 @@ from .lora import LoRALinear, locate, merge_lora
 
 DEFAULT_PARTS = ("language", "projector")
 _WHERE = {"language": "language_model.", "projector": "mlp1.", "vision": "vision_model.encoder."}
+
+_log = logging.getLogger(__name__)
 
 
 class QuantisedLinear(Linear):
@@ -43,9 +48,11 @@ class QuantisedLinear(Linear):
 
     Attributes:
         activations: ``int8`` where the inputs are rounded too, else None; see :func:`round_activations`.
+        answers_in: dtype of the activations that the device's own operator is to multiply with, which has no gradients; None
+            for plain operators.
     """
 
-    activations = None
+    activations, answers_in, _there = None, None, None
 
     def __init__(self, layer, bits):
         nn.Layer.__init__(self)  # not Linear's, which would allocate a weight
@@ -55,16 +62,37 @@ class QuantisedLinear(Linear):
 
     def take(self, weight):
         """Hold a weight: a :class:`~paddlemix.quantised.Quantised`, or an array ``[out, in]`` to be rounded."""
-        self.quantised, self._plain = rounded(weight, self.bits), None
+        self.quantised, self._plain, self._there = None, None, None
+        if self.answers_in is not None and isinstance(weight, np.ndarray):
+            self._there = DeviceWeight.of(as_float32(weight), self.bits, self.answers_in)
+        else:
+            self.quantised = rounded(weight, self.bits)
 
     def rows(self, shape):
-        """What :meth:`take` takes, for its rows to be put into as they are read: :class:`RoundedRows`."""
-        return RoundedRows(shape, self.bits)
+        """What :meth:`take` takes, for its rows to be put into as they are read: :class:`RoundedRows`; None for an array, of
+        which the device's own operator makes what it takes."""
+        return RoundedRows(shape, self.bits) if self.answers_in is None else None
 
     def product(self, x, linear, bias):
         """As :meth:`.layers.Linear.product`."""
+        weight = self._of_device()
+        if weight is not None:
+            return weight.product(x, bias)
         y = _Product.apply(x, self)
         return y if bias is None else y + bias.astype(y.dtype)
+
+    def _of_device(self):
+        """The weight as the device's own operator takes it; None where there is none."""
+        if self._there is None and self.answers_in is not None:
+            # Codes of 4 bits with a zero of their own are no codes of the operator's: what they stand for, in 8 bits.
+            bits = self.quantised.bits if self.quantised.zeros is None else 8
+            self._there = DeviceWeight.of(self.quantised.dequantised(), bits, self.answers_in)
+        return self._there
+
+    @property
+    def nbytes(self):
+        """Memory of the weight."""
+        return (self.quantised if self._there is None else self._there).nbytes
 
     def plain(self):
         """The weight as :class:`PlainWeight`, which is kept."""
@@ -179,6 +207,11 @@ class QuantisedEmbedding(nn.Layer):
         """As :meth:`QuantisedLinear.rows`."""
         return RoundedRows(shape, self.bits)
 
+    @property
+    def nbytes(self):
+        """Memory of the weight."""
+        return self.quantised.nbytes
+
     def forward(self, ids):
         """``ids [B, N] -> [B, N, D]`` float32."""
         numbers = ids.numpy()
@@ -223,9 +256,12 @@ def rounded(weight, bits):
         from paddlemix.kernels.quantised import quantise
 
         return quantise(weight, bits)
-    if weight.dtype == np.uint16:
-        weight = (weight.astype(np.uint32) << 16).view(np.float32)
-    return quantised.quantise(weight, bits)
+    return quantised.quantise(as_float32(weight), bits)
+
+
+def as_float32(weight):
+    """An array, float32 or bits of bfloat16, as float32."""
+    return (weight.astype(np.uint32) << 16).view(np.float32) if weight.dtype == np.uint16 else weight
 
 
 def check_choice(weight_dtype, parts):
@@ -349,10 +385,11 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
     if adapted and weight_dtype is not None:
         load_checkpoint(model, source, dtype, shares=shares)
         merge_lora(model)
-        quantise_model(model, weight_dtype, parts)
+        quantise_model(model, weight_dtype, parts, dtype)
         return
     if weight_dtype is not None or source.packed:
         prepare(model, weight_dtype, parts, source.packed)
+        _answer_in(model, getattr(paddle, dtype))
     skip = ()
     if packed is not None and not adapted:
         skip = packed({name: layer.bits for name, layer in model.quantised_layers.items()})
@@ -361,10 +398,26 @@ def load_quantised(model, source, dtype, keep=None, weight_dtype=None, parts=Non
         model.packed, model.source = True, source
 
 
+def _answer_in(model, dtype):
+    """Let the device's own operators compute the products, where it has some for ``dtype``."""
+    layers = [layer for layer in model.quantised_layers.values() if isinstance(layer, QuantisedLinear)]
+    head = model.language_model.lm_head
+    layers += [head] if isinstance(head, QuantisedHead) else []
+    for bits in sorted({getattr(layer, "bits", 8) for layer in layers}):
+        sentence = told(bits, dtype)
+        if sentence is not None:
+            _log.warning("%s", sentence)
+    for layer in layers:
+        # What is in the files in 4 bits goes to the operator in 8.
+        if DeviceWeight.bits_for(8, layer.in_features, dtype) is not None:
+            layer.answers_in = dtype
+
+
 def _load(model, source, dtype, keep, shares=None, skip=()):
     """:func:`load_checkpoint`, with what is to be rounded from the cache if it is there."""
     layers, key = model.quantised_layers, None
-    if layers and not source.packed and shares is None:
+    rounds = not any(getattr(layer, "answers_in", None) for layer in layers.values())  # and not the device
+    if layers and not source.packed and shares is None and rounds:
         key = cache.key_of(source, {name: layer.bits for name, layer in layers.items()})
         found = cache.find(key, {name: (layer.out_features, layer.in_features, layer.bits) for name, layer in layers.items()})
         for name, weight in (found or {}).items():
@@ -427,10 +480,12 @@ def weight_bytes(table, element, weight_dtype=None, parts=None):
     return total
 
 
-def quantise_model(model, weight_dtype, parts=None):
-    """Round weights that are there, layer by layer."""
+def quantise_model(model, weight_dtype, parts=None, dtype=None):
+    """Round weights that are there, layer by layer; ``dtype`` is that of the activations, for the device's own operators."""
     plain = {f"{path}.weight": layer for path, _, _, layer in _candidates(model)}
     prepare(model, weight_dtype, parts)
+    if dtype is not None:
+        _answer_in(model, getattr(paddle, dtype))
     for name, layer in model.quantised_layers.items():
         weight = plain[name].weight.astype("float32").numpy()
         layer.take(weight if isinstance(layer, QuantisedEmbedding) else np.ascontiguousarray(weight.T))

@@ -113,7 +113,7 @@ class LlavaForCausalLM(ChatModel):
         if engine == "inference" or weight_dtype is not None:
             merge_lora(model)
         if weight_dtype is not None:
-            quantise_model(model, weight_dtype, quantize_parts)
+            quantise_model(model, weight_dtype, quantize_parts, dtype)
         round_activations(model, activation_dtype)
         if engine == "inference":
             fuse(model, dtype)
