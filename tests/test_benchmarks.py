@@ -82,7 +82,7 @@ def test_a_run_goes_on_where_it_ended(tmp_path):
     assert first.returncode == 0, first.stderr
     assert "ours, activations in 8 bits" in first.stdout and len(kept.read_text().splitlines()) == 2
     lines = kept.read_text().splitlines()
-    kept.write_text(lines[0].replace('"load": ', '"load": 1000') + "\n" + lines[1] + "\n")
+    kept.write_text(re.sub(r'"load": [\d.e-]+', '"load": 1000.0', lines[0]) + "\n" + lines[1] + "\n")
     again = run(*arguments)
     assert kept.read_text().splitlines()[1:] == lines[1:] and "| load, s | 1,000" in again.stdout
 
