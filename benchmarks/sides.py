@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def checkpoint_directory(name, layers=None):
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paddlemix"
     target = cache / f"random-{hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest()[:12]}"
     if (target / "config.json").exists():  # written last
+        _give_tokenizer(target)
         return target
 
     def rows(part, seed):
@@ -64,7 +66,15 @@ def checkpoint_directory(name, layers=None):
     tensors = [OutgoingTensor(p.name, "bfloat16", p.shape, lambda p=p, i=i: rows(p, i)) for i, p in enumerate(parts)]
     write_safetensors(target, tensors, {"format": "pt"})
     config.save(target)
+    _give_tokenizer(target)
     return target
+
+
+def _give_tokenizer(directory):
+    """The bundled model's, all of whose tokens published vocabularies have room for: a server needs one."""
+    for path in MODELS["demo"].glob("*.json"):
+        if "token" in path.name and not (directory / path.name).exists():
+            shutil.copy(path, directory)
 
 
 # ---------------------------------------------------------------------- one side, in its own process

@@ -157,7 +157,6 @@ def main():
                     one, many = together(target, kind, options)
                     print(f"| {kind} | {one:.1f} | {many:.1f} | {many / one:.2f} |", flush=True)
             if "beside" in scenes:
-                (alone, worst_alone), (found, worst) = beside(target, options)
                 print("\n| first token of a short question | median, s | worst, s |\n| --- | --- | --- |")
                 for what, times in zip(("alone", "beside pictures of seven tiles"), beside(target, options)):
                     print(f"| {what} | {times[0]:.2f} | {times[1]:.2f} |")

@@ -12,8 +12,6 @@ from .embeddings import Embeddings
 from .media import Media, MediaRules
 from .prompts import reserved_tokens
 
-_SMALL = 20_000_000  # parameters
-
 _log = logging.getLogger("paddlemix.serving")
 
 
@@ -144,6 +142,7 @@ class Engine:
         from paddlemix.kernels import cpu as kernels
         from paddlemix.models.blocks.decoding.routing import attach_adapter
         from paddlemix.models.blocks.layers import count_parameters
+        from paddlemix.models.blocks.many import suit_threads
 
         from .families import family_of
 
@@ -179,8 +178,8 @@ class Engine:
             if attach_adapter(model, name, folder):
                 self._vision_adapters.append(name)
             self.adapters.append(name)
-        if not args.threads and count_parameters(model.language_model) < _SMALL:
-            kernels.set_num_threads(1)  # a call has less work than it takes to wake a second thread
+        if not args.threads:
+            suit_threads(model)
         self.model = model
         self._make_room()
 
@@ -188,7 +187,6 @@ class Engine:
         """The loop with as much cache as flags and memory allow, and what is told of it."""
         from paddlemix.kernels import cpu as kernels
         from paddlemix.models.blocks.decoding.loop import Loop, bytes_per_position
-        from paddlemix.models.blocks.layers import count_parameters
 
         args, model = self.args, self.model
         longest = min(model.config.llm_config.context_length, args.max_model_len or 1 << 40)
@@ -205,11 +203,10 @@ class Engine:
             image_cache=cached, vision_adapters=self._vision_adapters, longest=longest,
         )  # fmt: skip
         longest = self.loop.longest
-        weights = sum(p.size * p.element_size() for p in model.parameters())
-        weights += sum(layer.nbytes for layer in model.quantised_layers.values())
         at_once = min(args.max_num_seqs, max(1, self.loop.positions // longest))
+        size = model.language_model.parameter_count
         self.summary = (
-            f"weights: {_size(weights)} ({count_parameters(model) / 1e6:.1f} million plain parameters), "
+            f"weights: {_size(model.weight_bytes())} (language model: {size / 1e6:.1f} million), "
             f"KV cache: {_size(positions * each)} for {self.loop.positions} tokens, picture cache: {_size(cached)}\n"
             f"largest context: {longest} tokens; {at_once} such at once, "
             f"at most {args.max_num_seqs} requests; cores: {sorted(os.sched_getaffinity(0))}, threads: {kernels.num_threads()}"

@@ -7,6 +7,7 @@ tower's output becomes features (``_extract_feature``) and a conversation token 
 
 import contextlib
 import hashlib
+import math
 
 import numpy as np
 import paddle
@@ -44,6 +45,7 @@ class ChatModel(nn.Layer):
     system_message = None  # who the model is told to be, in place of what config.json or the template say; '' for nobody
     routes = False  # whether tiles may take a form of fewer tokens, by what else is in the prompt
     packed = False  # whether the weights are in the form of the CPU engine, which cannot be read back
+    engine_dtype = None  # of the CPU engine's weights that are not in few bits; None without it
     _remembered = None  # outputs of a frozen tower by the pixels' identity
     quantised_layers = {}  # those with weights in few bits, by parameter
     source = None  # the Checkpoint that the weights were loaded from
@@ -81,6 +83,16 @@ class ChatModel(nn.Layer):
         if not device.is_cpu():
             raise ConfigError("keys and values in 8 bits are for CPU: leave out --kv_cache_dtype here")
         self.language_model.cache_dtype = INT8
+
+    def weight_bytes(self):
+        """Memory of the weights as they are held here: in tensors, packed for the engine, or in few bits."""
+        few = self.quantised_layers
+        held = sum(layer.nbytes for layer in few.values())
+        if self.engine_dtype is None:
+            return held + sum(p.size * p.element_size() for p in self.parameters())
+        element = 2 if self.engine_dtype == "bfloat16" else 4
+        plain = (weight for weight in self.config.weight_table() if weight.name not in few)
+        return held + element * sum(math.prod(weight.shape) for weight in plain)
 
     def save_pretrained(self, directory, layout="torch", max_shard_size="5GB"):
         """Write configuration and weights, in the dtype that they were loaded from if it holds them exactly.

@@ -106,6 +106,7 @@ def fuse(model, dtype, packs=None):
     if getattr(language, "cache_dtype", None) != INT8:
         language.cache_dtype = dtype  # attention rounds keys and values to it anyway
     language.model.together = _together(language.model.layers)
+    model.engine_dtype = dtype
     model.packed, model.source = True, None  # who knows where the weights came from says so again
     # A large tile's activations fit the cache, and more at a time only cost memory; small ones are not worth a call each.
     tokens = (model.config.image_size // embeddings.patch_embedding.patch) ** 2

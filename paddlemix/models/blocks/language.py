@@ -19,7 +19,7 @@ from paddlemix.kernels import gemm
 from .experts import GatedMLP, MixtureOfExperts
 from .kv_cache import KVCache
 from .last import LastPositions, last_of
-from .layers import AttentionMask, Linear, RMSNorm, Rotary, attention, rotated
+from .layers import AttentionMask, Linear, RMSNorm, Rotary, attention, count_parameters, rotated
 
 
 class RotaryTables:
@@ -329,6 +329,7 @@ class LanguageModel(nn.Layer):
             self.lm_head = TiedHead(self.model.embed_tokens)
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.parameter_count = count_parameters(self)  # now: what the engine or few bits take over counts no more
 
     def new_cache(self, batch, capacity, dtype):
         """An empty :class:`KVCache` in ``dtype``, unless the engine has one of its own."""

@@ -6,7 +6,6 @@ from paddlemix.errors import PromptError
 from paddlemix.kernels import cpu as kernels
 
 from .decoding.loop import Loop, bytes_per_position, chunk_size, positions_for
-from .layers import count_parameters
 from .thinking import AnswerReader
 
 __all__ = ["Answer", "answer_many", "room_for", "suit_threads"]
@@ -27,7 +26,7 @@ class Answer:
 
 def suit_threads(model):
     """Let the kernels use one thread where more only wait for each other."""
-    if count_parameters(model.language_model) < _SMALL:
+    if model.language_model.parameter_count < _SMALL:
         kernels.set_num_threads(1)
 
 

@@ -66,6 +66,19 @@ def test_float32_answers_equal_the_original(both, chat_pixels):
         assert ids.numpy()[0].tolist() == chat["output_ids"], chat["label"]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("bits", [{}, {"weight_dtype": "int8"}])
+def test_sizes_are_those_of_the_plain_model(family, bits):
+    """By them servers choose threads and tell users what the weights take: packed ones are no parameters of Paddle's."""
+    path = str(load_reference(family).path)
+    sizes = []
+    for engine in ("eager", "inference"):
+        model = InternVLChatModel.from_pretrained(path, dtype="float32", engine=engine, **bits)
+        sizes.append((model.language_model.parameter_count, model.weight_bytes()))
+    count = sum(np.prod(w.shape) for w in model.config.weight_table() if w.name.startswith("language_model."))
+    assert sizes[0] == sizes[1] and sizes[0][0] == count
+
+
 def test_batches_and_sessions_agree_with_single_fresh_runs(both):
     reference, model = both
     options = {"max_new_tokens": 16}

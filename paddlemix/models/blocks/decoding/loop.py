@@ -15,7 +15,7 @@ from paddlemix.errors import PromptError, UserError
 
 from ..generation import GenerationConfig, TextStream
 from ..kv_cache import INT8
-from ..layers import count_parameters, take_rows
+from ..layers import take_rows
 from ..router import kept_tokens
 from .pages import PageTable
 from .routing import routed
@@ -70,7 +70,7 @@ class Event:
 
 def chunk_size(language_model):
     """Tokens of a prompt at once: few enough that others do not wait long, many enough that the weights pay."""
-    large = count_parameters(language_model) > 100_000_000
+    large = language_model.parameter_count > 100_000_000
     return 64 if large and device.is_cpu() else 512
 
 
