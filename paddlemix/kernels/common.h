@@ -29,6 +29,7 @@ int dnnl_memory_desc_create_with_strides(void** md, int ndims, const int64_t* di
 int dnnl_memory_desc_create_with_tag(void** md, int ndims, const int64_t* dims, int dtype, int tag);
 int dnnl_memory_desc_clone(void** md, const void* existing);
 int dnnl_memory_desc_destroy(void* md);
+int dnnl_memory_desc_equal(const void* left, const void* right);
 size_t dnnl_memory_desc_get_size(const void* md);
 int dnnl_memory_create(void** memory, const void* md, void* engine, void* handle);
 int dnnl_memory_set_data_handle(void* memory, void* handle);

@@ -6,6 +6,7 @@
 // outside, bfloat16 or float32 inside.
 
 #include "common.h"
+#include "few_rows.h"
 
 namespace {
 
@@ -16,7 +17,8 @@ struct Linear {
   void* md = nullptr;
   void* data = nullptr;
   float* bias = nullptr;
-  size_t mapped = 0;  // bytes at data that are this layer's own
+  size_t mapped = 0;   // bytes at data that are this layer's own
+  bool plain = false;  // whether they lie row by row
   ~Linear() {
     if (md) dnnl_memory_desc_destroy(md);
     if (mapped) munmap(data, mapped);
@@ -44,6 +46,28 @@ void apply(const Linear& linear, int64_t m, const void* src, int activation, con
   p.mul_stride = mul ? linear.n : 0;
   p.add_stride = add ? linear.n : 0;
   multiply(p, {src, linear.data, linear.bias, mul, add, dst}, linear.md);
+}
+
+// The same for a few rows each of which is summed up alone, where there is a kernel for the layout that oneDNN prefers.
+void apply_few(const Linear& linear, int64_t m, const void* src, int activation, const void* mul, const float* add, void* dst,
+               int dst_type) {
+  const bool known = activation == kNone || activation == kSilu;
+  if (!linear.plain || m > kFewRows || !known) return apply(linear, m, src, activation, mul, add, dst, dst_type);
+  multiply_few(m, linear.k, linear.n, static_cast<const float*>(src), static_cast<const float*>(linear.data), linear.bias,
+               activation, static_cast<const float*>(mul), add, static_cast<float*>(dst));
+}
+
+template <class F>
+const char* run_linear(int threads, const Linear* linear, const float* x, int64_t m, const Norm& norm, int activation,
+                       const float* residual, float* out, F product) {
+  return guarded(threads, [&] {
+    thread_local Scratch input;
+    for_chunks(m, [&](int64_t begin, int64_t rows) {
+      const void* src = prepare(x + begin * linear->k, rows, linear->k, norm, linear->dtype, input);
+      const float* add = residual ? residual + begin * linear->n : nullptr;
+      product(*linear, rows, src, activation, nullptr, add, out + begin * linear->n, kF32);
+    });
+  });
 }
 
 // What threads share in one attention call. Strides count elements.
@@ -235,6 +259,9 @@ const char* linear_create(int threads, const void* weight, int weight_type, int6
     dnnl_primitive_desc_destroy(pd);
     dnnl_memory_desc_destroy(any), dnnl_memory_desc_destroy(src), dnnl_memory_desc_destroy(dst);
 
+    void* row_by_row = strided(k, n, kF32, n);
+    linear->plain = dnnl_memory_desc_equal(linear->md, row_by_row);
+    dnnl_memory_desc_destroy(row_by_row);
     const size_t size = dnnl_memory_desc_get_size(linear->md);
     if (bias) linear->bias = static_cast<float*>(std::memcpy(new float[n], bias, n * sizeof(float)));
     if (packed) {
@@ -266,22 +293,30 @@ void linear_destroy(Linear* linear) { delete linear; }
 
 const char* linear_run(int threads, const Linear* linear, const float* x, int64_t m, const float* norm_weight,
                        const float* norm_bias, float eps, int activation, const float* residual, float* out) {
-  return guarded(threads, [&] {
-    thread_local Scratch input;
-    const Norm norm{norm_weight, norm_bias, eps};
-    for_chunks(m, [&](int64_t begin, int64_t rows) {
-      const void* src = prepare(x + begin * linear->k, rows, linear->k, norm, linear->dtype, input);
-      const float* add = residual ? residual + begin * linear->n : nullptr;
-      apply(*linear, rows, src, activation, nullptr, add, out + begin * linear->n, kF32);
-    });
-  });
+  return run_linear(threads, linear, x, m, {norm_weight, norm_bias, eps}, activation, residual, out, apply);
 }
+
+// As linear_run(), where no output depends on how many rows there are, if linear_few() says so, up to kFewRows.
+const char* linear_few_run(int threads, const Linear* linear, const float* x, int64_t m, const float* norm_weight,
+                           const float* norm_bias, float eps, int activation, const float* residual, float* out) {
+  return run_linear(threads, linear, x, m, {norm_weight, norm_bias, eps}, activation, residual, out, apply_few);
+}
+
+int linear_few(const Linear* linear) { return linear->plain; }
 
 const char* mlp_run(int threads, const Linear* gate, const Linear* up, const Linear* down, const float* x, int64_t m,
                     const float* norm_weight, const float* norm_bias, float eps, int activation, const float* residual,
                     float* out) {
   return guarded(threads, [&] {
     mlp_of_chunks(gate, *up, *down, x, m, {norm_weight, norm_bias, eps}, activation, residual, out, up->dtype, apply);
+  });
+}
+
+const char* mlp_few_run(int threads, const Linear* gate, const Linear* up, const Linear* down, const float* x, int64_t m,
+                        const float* norm_weight, const float* norm_bias, float eps, int activation, const float* residual,
+                        float* out) {
+  return guarded(threads, [&] {
+    mlp_of_chunks(gate, *up, *down, x, m, {norm_weight, norm_bias, eps}, activation, residual, out, up->dtype, apply_few);
   });
 }
 

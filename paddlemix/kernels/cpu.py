@@ -36,7 +36,7 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "quantised.cc", "decoder.cc")]
-HEADERS = [Path(__file__).with_name(name) for name in ("common.h", "rounded.h")]
+HEADERS = [Path(__file__).with_name(name) for name in ("common.h", "few_rows.h", "rounded.h")]
 FLAGS = "-std=c++17 -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
 # PADDLEMIX_CPU=avx2 leaves out what newer processors have, to see what older ones would do.
 AVX2_ONLY = os.environ.get("PADDLEMIX_CPU", "").lower() == "avx2"
@@ -49,6 +49,7 @@ _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, c
 _SIGNATURES = {
     "linear_create": [_pointer, _int, *[_long] * 4, _pointer, _int, _long, ctypes.POINTER(_pointer), ctypes.c_char_p],
     "linear_run": [_pointer, _pointer, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
+    "linear_few_run": [_pointer, _pointer, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "norm_run": [_pointer, *[_long] * 3, _pointer, _pointer, _float, _pointer],
     "attention_run": [_pointer, _int, _int],
@@ -208,6 +209,7 @@ def _open(path):
         function = getattr(library, name)
         function.argtypes, function.restype = [_int, *arguments], ctypes.c_char_p
     library.linear_destroy.argtypes, library.linear_destroy.restype = [_pointer], None
+    library.linear_few.argtypes, library.linear_few.restype = [_pointer], _int
     library.scratch_memory.argtypes, library.scratch_memory.restype = [], _long
     library.linear_memory.argtypes, library.linear_memory.restype = [_pointer, *[ctypes.POINTER(_pointer)], _pointer], None
     return library
@@ -313,6 +315,8 @@ class PackedLinear:
         outputs: a slice of those that the layer has; None for all. Not with ``transposed``.
     """
 
+    few = False  # whether up to 64 rows go the way of decoding, which reads weights once and computes each row alone
+
     def __init__(self, weight, bias=None, dtype="bfloat16", transposed=False, outputs=None):
         weight = weight.contiguous()
         source = {paddle.bfloat16: 2, paddle.float32: 3}[weight.dtype]
@@ -358,6 +362,11 @@ class PackedLinear:
         weakref.finalize(self, _library().linear_destroy, self.handle)
 
     @property
+    def alone(self):
+        """Whether each row of a step of decoding, and of :attr:`few`, is computed alone, whatever their number."""
+        return bool(_library().linear_few(self.handle))
+
+    @property
     def packed(self):
         """The weights as the kernels have them, ``[bytes]`` uint8; valid as long as the layer is."""
         address, size = _pointer(), _long()
@@ -376,8 +385,9 @@ class PackedLinear:
             ``[..., out]`` float32.
         """
         x, residual, rows, out = _prepare(x, self.in_features, self.out_features, residual)
+        name = "linear_few_run" if self.few else "linear_run"
         _call(
-            "linear_run", self.handle, x.data_ptr(), rows, *(norm.arguments if norm else _NO_NORM),
+            name, self.handle, x.data_ptr(), rows, *(norm.arguments if norm else _NO_NORM),
             ACTIVATIONS[activation], _address(residual), out.data_ptr(),
         )  # fmt: skip
         return out

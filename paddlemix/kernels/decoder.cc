@@ -5,11 +5,12 @@
 #include "common.h"
 
 extern "C" {
-const char* linear_run(int, const void*, const float*, int64_t, const float*, const float*, float, int, const float*, float*);
+const char* linear_few_run(int, const void*, const float*, int64_t, const float*, const float*, float, int, const float*,
+                           float*);
 const char* quantised_linear_run(int, const void*, const float*, int64_t, const float*, const float*, float, int, const float*,
                                  float*);
-const char* mlp_run(int, const void*, const void*, const void*, const float*, int64_t, const float*, const float*, float, int,
-                    const float*, float*);
+const char* mlp_few_run(int, const void*, const void*, const void*, const float*, int64_t, const float*, const float*, float,
+                        int, const float*, float*);
 const char* quantised_mlp_run(int, const void*, const void*, const void*, const float*, int64_t, const float*, const float*,
                               float, int, const float*, float*);
 const char* rotate_run(int, const float*, const float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
@@ -242,7 +243,7 @@ const char* decoder_run(int threads, const Layer* layers, int64_t count, const S
     std::memcpy(out, x, s.rows * n * sizeof(float));
     for (int64_t i = 0; i < count; ++i) {
       const Layer& layer = layers[i];
-      auto linear = [&](const Matrix& m) { return m.few_bits ? quantised_linear_run : linear_run; };
+      auto linear = [&](const Matrix& m) { return m.few_bits ? quantised_linear_run : linear_few_run; };
       require(linear(layer.qkv)(threads, layer.qkv.weights, out, s.rows, layer.norm1, nullptr, layer.eps1, kNone, nullptr, qkv));
       require(rotate_run(threads, qkv, s.cos, s.sin, s.table_rows, s.rows, 1, s.heads, s.kv_heads, s.width, 0, 1, kF32,
                          layer.q_norm, layer.k_norm, layer.qk_eps, q, k, v));
@@ -250,7 +251,7 @@ const char* decoder_run(int threads, const Layer* layers, int64_t count, const S
       else if (s.cache_type == kBF16) store_and_attend<bf16>(s, layer, stores[i], q, k, v, seen);
       else store_and_attend<int8_t>(s, layer, stores[i], q, k, v, seen);
       require(linear(layer.o)(threads, layer.o.weights, seen, s.rows, nullptr, nullptr, 0, kNone, out, between));
-      auto mlp = layer.down.few_bits ? quantised_mlp_run : mlp_run;
+      auto mlp = layer.down.few_bits ? quantised_mlp_run : mlp_few_run;
       require(mlp(threads, layer.gate.weights, layer.up.weights, layer.down.weights, between, s.rows, layer.norm2, nullptr,
                   layer.eps2, kSilu, between, out));
     }

@@ -31,6 +31,8 @@ class QuantisedLinear:
             bits in groups of 32 do without.
     """
 
+    alone = True  # up to 32 rows, as PackedLinear.alone
+
     def __init__(self, weight, bias=None, dtype="float32", activations=None):
         arrays = {name: np.ascontiguousarray(array) for name, array in weight.arrays().items()}
         if bias is not None:

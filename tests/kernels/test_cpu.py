@@ -60,6 +60,27 @@ def test_linear(rng, dtype, rows, inner, outer):
     assert_close(got, x.astype("float64") @ weight + bias + residual, dtype)
 
 
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("inner, outer", [(64, 48), (589, 1291)])
+def test_a_few_rows_are_each_computed_alone(rng, activation, inner, outer):
+    x, weight, bias, residual = (normal(rng, *s) for s in ((64, inner), (inner, outer), (outer,), (64, outer)))
+    linear = cpu.PackedLinear(paddle.to_tensor(weight), paddle.to_tensor(bias), "float32")
+    if not linear.alone:
+        pytest.skip("oneDNN has another layout for weights here")
+    linear.few, norm = True, cpu.Norm(paddle.to_tensor(bias[:inner] if inner <= outer else normal(rng, inner)), None, 1e-6)
+
+    def rows(first, last):
+        few, rest = (paddle.to_tensor(array[first:last]) for array in (x, residual))
+        return linear(few, norm=norm, activation=activation, residual=rest)
+
+    scale = 1 / np.sqrt((x.astype("float64") ** 2).mean(-1, keepdims=True) + 1e-6)
+    expected = ACTIVATIONS[activation](x * scale * norm.weight.numpy() @ weight.astype("float64") + bias) + residual
+    whole = rows(0, 64)
+    assert_close(whole, expected, "float32")
+    for first, last in ((5, 6), (0, 2), (9, 12), (16, 32), (7, 64)):
+        np.testing.assert_array_equal(rows(first, last).numpy(), whole[first:last].numpy())
+
+
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_linear_activation_comes_before_the_residual(rng, dtype, activation):
     x, weight, residual = normal(rng, 2, 9, 32), normal(rng, 32, 16), normal(rng, 2, 9, 16)

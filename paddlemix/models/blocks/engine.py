@@ -98,7 +98,7 @@ def fuse(model, dtype, packs=None):
     for name in ("mlp2", "pooling_before_gating", "gating"):  # small, and plain
         if hasattr(model, name):
             getattr(model, name).to(dtype="float32")
-    language.lm_head = _Linear(language.lm_head, pack)  # may be the embedding, which is then there twice: packed and not
+    language.lm_head = _Head(language.lm_head, pack)  # may be the embedding, which is then there twice: packed and not
     if not isinstance(language.model.embed_tokens, QuantisedEmbedding):
         rows = None if packs is None else packs.embeddings
         language.model.embed_tokens = _Embedding(language.model.embed_tokens) if rows is None else _MappedEmbedding(rows, dtype)
@@ -106,6 +106,7 @@ def fuse(model, dtype, packs=None):
     if getattr(language, "cache_dtype", None) != INT8:
         language.cache_dtype = dtype  # attention rounds keys and values to it anyway
     language.model.together = _together(language.model.layers)
+    language.rows_alone = language.model.together is not None and _computes_rows_alone(language)
     model.engine_dtype = dtype
     model.packed, model.source = True, None  # who knows where the weights came from says so again
     # A large tile's activations fit the cache, and more at a time only cost memory; small ones are not worth a call each.
@@ -204,6 +205,14 @@ class _Linear(nn.Layer):
 
     def forward(self, x):
         return self.linear(x)
+
+
+class _Head(_Linear):
+    """An output head, whose rows are few but in training."""
+
+    def __init__(self, layer, pack):
+        super().__init__(layer, pack)
+        self.linear.few = True
 
 
 class _PatchEmbedding(nn.Layer):
@@ -378,6 +387,14 @@ def _together(layers):
         return None if layout is None else stack(x, *rope, layout, cache.length, mask.starts)
 
     return together
+
+
+def _computes_rows_alone(language):
+    """Whether no row of a step of decoding depends on how many there are."""
+    linears = [language.lm_head.linear]
+    for layer in language.model.layers:
+        linears += [layer.qkv, layer.o, layer.mlp.gate, layer.mlp.up, layer.mlp.down]
+    return all(linear.alone for linear in linears)
 
 
 class _GatedMLP:

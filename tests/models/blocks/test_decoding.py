@@ -1,15 +1,19 @@
 """Many sequences at once: each gets, token for token, what it gets alone, whatever happens around it."""
 
 import numpy as np
+import paddle
 import pytest
 
+from paddlemix.kernels import cpu as kernels
 from paddlemix.models.blocks.chat import digested, end_of_answer, place_pictures
 from paddlemix.models.blocks.conversation import insert_image_tokens
 from paddlemix.models.blocks.decoding.loop import Loop
 from paddlemix.models.blocks.decoding.pages import PageTable
 from paddlemix.models.blocks.decoding.sampling import Chooser
 from paddlemix.models.blocks.decoding.scheduler import Scheduler, Sequence
+from paddlemix.models.blocks.decoding.step import Stepper
 from paddlemix.models.blocks.generation import GenerationConfig
+from paddlemix.models.internvl2 import InternVLChatModel
 from tests.conftest import load_reference, tiles
 
 QUESTIONS = [
@@ -55,6 +59,38 @@ def alone():
             answers += run(loop, [make(loop, reference, number, **chosen)])
         found.append(answers)
     return reference, options, found
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+@pytest.mark.parametrize("kept", [None, "int8"])
+def test_a_step_of_the_engine_computes_each_sequence_alone(bits, kept):
+    """To the last bit, in whatever number they come; and it is a step of plain Paddle's."""
+    if not kernels.available("float32"):
+        pytest.skip("the CPU kernels cannot be built here")
+    path = str(load_reference("qwen2").path)
+
+    def steps(engine, groups):
+        model = InternVLChatModel.from_pretrained(
+            path, dtype="float32", engine=engine, weight_dtype=bits, kv_cache_dtype=kept if engine == "inference" else None
+        )
+        table = PageTable(200)
+        stepper, random = Stepper(model.language_model, table), np.random.default_rng(0)
+        sequences = [Sequence(random.integers(5, 200, length).tolist(), length) for length in random.integers(2, 60, 41)]
+        for sequence in sequences:
+            sequence.pages = table.take(-(-len(sequence.tokens) // 16))
+            stepper.prefill([(sequence, len(sequence.tokens) - 1, None)])
+        found = {}
+        for first, last in groups:
+            found[first, last] = stepper.decode(sequences[first:last]).numpy()
+        return found, getattr(model.language_model, "rows_alone", False)
+
+    groups = [(0, 41), (0, 1), (7, 10), (3, 19), (30, 41)]
+    found, alone = steps("inference", groups)
+    assert alone == (bits is not None or kernels.PackedLinear(paddle.zeros([64, 64]), dtype="float32").alone)
+    for first, last in groups[1:]:
+        np.testing.assert_array_equal(found[first, last], found[0, 41][first:last])
+    plain = steps("eager", groups[:1])[0][0, 41]
+    assert np.abs(found[0, 41] - plain).max() < (1e-4 if bits is kept is None else 0.05) * np.abs(plain).max()
 
 
 def test_greedy_is_what_generate_gives(alone):

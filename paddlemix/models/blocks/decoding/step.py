@@ -5,8 +5,9 @@ A step goes through the same decoder as everything else, with a :class:`PagesVie
 ``rotary_lengths`` (of whole sequences, which decide the scaling of rotary positions), and
 ``append(layer, k, v)``, which stores the new positions and returns all that the queries see.
 
-Rows are computed in numbers that are multiples of 16, filled up with rows that nobody reads: matrix products choose their way
-of adding by that number, and an answer must not depend on who else is there.
+An answer must not depend on who else is there, but matrix products choose their way of adding by the number of rows. So they
+are computed in multiples of 16 rows, filled up with some that nobody reads, except in a step of a model that computes each row
+alone (``rows_alone``: the CPU engine with weights that lie row by row or are in few bits).
 """
 
 import numpy as np
@@ -21,6 +22,8 @@ from ..layers import AttentionMask
 from .routing import routed
 
 __all__ = ["ROWS", "PagedCache", "PagesView", "Stepper"]
+
+MOST_ALONE = 32  # rows that every kind of weights computes alone
 
 
 class PagedCache:
@@ -126,7 +129,11 @@ class Stepper:
     @paddle.no_grad()
     def decode(self, sequences):
         """Compute the last token of each sequence; the logits that follow it, ``[len(sequences), V]``."""
-        rows = -(-len(sequences) // ROWS) * ROWS
+        alone = getattr(self.model, "rows_alone", False)
+        if alone and len(sequences) > MOST_ALONE:
+            parts = range(0, len(sequences), MOST_ALONE)
+            return paddle.concat([self.decode(sequences[first : first + MOST_ALONE]) for first in parts])
+        rows = len(sequences) if alone else -(-len(sequences) // ROWS) * ROWS
         longest = max(len(s.tokens) for s in sequences)
         seen = np.zeros([rows, longest], "int64")
         starts = np.full(rows, longest - 1)
