@@ -207,15 +207,17 @@ def _play(step, data, tensor, replicas, line, arriving, update, element):
 
     forward = [*step.vision, *step.decoder]
     backward = [*reversed(step.decoder), *(reversed(step.vision) if step.vision_learns else ())]
-    order, ahead, left = [*forward, *backward], None, []
+    order, left = [*forward, *backward], []
     if step.stage == 3:
-        line.wait("weights", gather(step.outside))
+        outside, ahead = gather(step.outside), gather(order[0])
+        line.wait("weights", outside)
     elif id(step.outside) in arriving:
         line.wait("weights", arriving.pop(id(step.outside)))
     for place, block in enumerate(order):
         if step.stage == 3:
-            line.wait("weights", gather(block) if ahead is None else ahead)
-            ahead = gather(order[place + 1]) if place + 1 < len(order) and order[place + 1] is not block else None
+            line.wait("weights", ahead)
+            if place + 1 < len(order) and order[place + 1] is not block:  # which the last block has, going back
+                ahead = gather(order[place + 1])
         elif (key := (id(block), place)) in arriving:
             line.wait("weights", arriving.pop(key))
         if place < len(forward):

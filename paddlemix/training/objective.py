@@ -12,9 +12,11 @@ class CausalObjective:
 
     Attributes:
         holding: makes a context in which all weights can be used, not in the model's forward pass alone; the trainer sets it.
+        moves_weights: whether a step puts others in the place of the model's weights, so that none may be on its way.
     """
 
     holding = staticmethod(contextlib.nullcontext)
+    moves_weights = False
 
     def prepare(self, trainer, data):
         """Called once before the first step, by all processes."""

@@ -21,7 +21,10 @@ from paddlemix.parallel.launched import world_group
 
 from .plan import divide
 
+_LAST = ("language_model.model.norm.", "language_model.lm_head.")  # what a chat model uses after all blocks
 _BUCKET = 2**25  # numbers that are sent at once
+_PIECES = 16  # of all gradients, or of an owner's, so that little is left to send when the backward pass ends
+_AWAY = 4  # pieces that are on their way at once from stage 2 on
 
 
 class Optimizer:
@@ -47,7 +50,7 @@ class Optimizer:
         self._dynamic, self._good_steps = self.loss_scale != 1.0, 0
         self._float_sums = args.amp_master_grad and any(p.dtype != paddle.float32 for p in parameters.values())
         self._sums, self._collected = {}, set()
-        self._sent, self._arriving, self._outside = [], {}, []
+        self._sent, self._arriving, self._outside = [], {}, None
         self._order = self._waiting = None
         if args.overlap_communication:
             self.group.overlap()
@@ -89,9 +92,12 @@ class Optimizer:
         if not self.group.overlaps or self.stage == 3:  # whose blocks do it by themselves
             return
         sizes = sum(p.size for p in self.parameters.values())
-        bucket = min(_BUCKET, max(1, sizes // (8 * (self.world if self.stage else 1))))
+        bucket = min(_BUCKET, max(1, sizes // (_PIECES * (self.world if self.stage else 1))))
         wide = "float32" if self._float_sums and self.stage < 2 else None
-        self._order = list(self._buckets(reversed(list(self.parameters)), wide, bucket))
+        backward = list(reversed(self.parameters))
+        places = {name: place for place, name in enumerate(backward)}
+        # In the order in which they are complete: each owner has parameters everywhere.
+        self._order = sorted(self._buckets(backward, wide, bucket), key=lambda piece: max(places[name] for name in piece[1]))
         for number, (_, names) in enumerate(self._order):
             for name in names:
                 self.parameters[name]._register_backward_hook(functools.partial(self._ready, number, name))
@@ -99,10 +105,11 @@ class Optimizer:
             blocks = [*model.vision_model.encoder.layers, *model.language_model.model.layers]
             names = {id(p): name for name, p in self.parameters.items()}
             inside = [[names[id(p)] for p in block.parameters() if id(p) in names] for block in blocks]
-            for block, own in zip(blocks, inside):
-                block.register_forward_pre_hook(lambda *_, own=own: self.arrive(own))
-            blocked = {name for own in inside for name in own}
-            self._outside = [name for name in self.parameters if name not in blocked]
+            last = [name for name in self.parameters if name.startswith(_LAST)]
+            for layer, own in zip([*blocks, model.language_model.model.norm], [*inside, last]):
+                layer.register_forward_pre_hook(lambda *_, own=own: self.arrive(own))
+            awaited = {name for own in (*inside, last) for name in own}
+            self._outside = [name for name in self.parameters if name not in awaited]
 
     def begin_backward(self, last):
         """Call before every backward pass; ``last`` says whether it is the last before an update."""
@@ -123,12 +130,12 @@ class Optimizer:
     def _send(self, owner, names):
         self._sent.append(self._begun(owner, names))
         self._collected.update(names)
-        if self.stage >= 2:
-            self._take(len(self._sent) - 1)  # what has left must not pile up
+        if self.stage == 2:
+            self._take(len(self._sent) - _AWAY)  # what has left must not pile up
 
     def _take(self, count):
-        """Add the oldest ``count`` of the sums that were begun."""
-        for _ in range(count):
+        """Add the oldest ``count`` of the sums that were begun, or all."""
+        for _ in range(min(count, len(self._sent))):
             for name, gradient in self._ended(*self._sent.pop(0)):
                 self._add(name, gradient)
 
@@ -140,8 +147,8 @@ class Optimizer:
                 pending.result()
 
     def arrive_outside(self):
-        """Wait for the new weights of what is outside the blocks, which wait for their own."""
-        self.arrive(self._outside)
+        """Wait for the new weights of what comes before the blocks, which wait for their own, as does what comes after them."""
+        self.arrive(self._outside or ())
 
     @paddle.no_grad()
     def accumulate(self):
@@ -159,9 +166,14 @@ class Optimizer:
 
     @paddle.no_grad()
     def collect(self, names):
-        """From stage 2 on: sum the gradients of ``names`` over processes, keep the owner's, and free all others."""
+        """From stage 2 on: sum the gradients of ``names`` over processes, keep the owner's, and free all others.
+
+        They may still be on their way when this returns, as they do until the next call.
+        """
+        before = len(self._sent)
         for owner, bucket in self._buckets(names):
             self._send(owner, bucket)
+        self._take(before)
         self._collected.update(names)
 
     def _send_rest(self):
@@ -241,6 +253,7 @@ class Optimizer:
             The gradient norm over all processes, before clipping. Where it is not finite nothing was updated; with a
             loss scale that is part of finding it, otherwise something is wrong.
         """
+        self.arrive()  # what no forward pass has asked for
         if self.world > 1 and self.stage < 2:
             sums = {}
             for sent in self._sent:
@@ -290,9 +303,9 @@ class Optimizer:
                     value = master.astype(self.parameters[name].dtype)
                 self.parameters[name].set_value(value)
         if self.stage in (1, 2):
-            for name in dict.fromkeys([*self._outside, *self.parameters]):  # in the order in which they are waited for
+            for name in dict.fromkeys([*(self._outside or ()), *self.parameters]):  # in the order in which they are waited for
                 self._arriving[name] = self.group.broadcast_later(self.parameters[name], self.owners[name])
-            if not self._outside:  # nobody waits for them later
+            if self._outside is None:  # nobody waits for them later
                 self.arrive()
 
     def _adjust_scale(self, good, patience=1000):

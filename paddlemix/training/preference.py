@@ -193,6 +193,11 @@ class PreferenceObjective:
         self.store, self.validates, self.known, self._idle = store, validates, None, None
         self._noted = {True: [], False: []}  # of training and of validation
 
+    @property
+    def moves_weights(self):
+        """See :class:`~.objective.CausalObjective`: the reference's, unless all is known of it."""
+        return isinstance(self.reference, Reference) and self.known is None
+
     def weights(self, batch):
         """Pairs, and labelled tokens of the chosen answers."""
         sequence = batch["sequence"]

@@ -1,9 +1,9 @@
 """ZeRO stage 3 (arXiv 1910.02054): weights that are divided over processes while they are not at work.
 
 Every parameter, frozen or not, is kept by its owner alone. A transformer block has all its weights during its forward pass
-and, being recomputed, once more during its backward pass, at whose end its gradients go to their owners. What is outside the
-blocks (embeddings, projector, final norm, output head) is whole from the start of the model's forward pass to the end of the
-backward pass.
+and, being recomputed, once more during its backward pass, at whose end its gradients go to their owners; the last block keeps
+them from the one to the other. What is outside the blocks (embeddings, projector, final norm, output head) is whole from the
+start of the model's forward pass to the end of the backward pass.
 
 Collectives must come in the same order in all processes, however their batches differ. The blocks run in the same order
 everywhere, and each once: tiles of a frozen tower are cut into groups inside a block rather than around the tower.
@@ -50,6 +50,7 @@ class ShardedWeights:
         keys = [(blocks[layer][0], backward) for layer, backward in order]
         self._next = dict(zip(keys, keys[1:])) if optimizer.group.overlaps else {}
         self._blocks = {inside[0]: inside for inside in blocks.values()}
+        self._first, self._last = keys[0][0], blocks[decoder[-1]][0]
         self._seen = set()  # blocks that this pass has computed
         inside = {name for block in blocks.values() for name in block}
         self._outside = [name for name in self.parameters if name not in inside]
@@ -85,7 +86,8 @@ class ShardedWeights:
     def _fetch(self, first):
         """Have the weights of the block that begins with the parameter ``first``, and those of the next on their way.
 
-        Which is next is the same in every process; where it turns out to be another, those that came are dropped.
+        Returns whether this pass has computed it before. Which is next is the same in every process; where it turns out to be
+        another, those that came are dropped.
         """
         backward = first in self._seen
         self._seen.add(first)
@@ -98,7 +100,11 @@ class ShardedWeights:
                 sent.result()
         following = self._next.get((first, backward))
         if following is not None and (paddle.is_grad_enabled() or not following[1]) and following[0] != first:
-            self._ahead[following[0]] = self._gather(self._blocks[following[0]], later=True)
+            self._begin(following[0])
+        return backward
+
+    def _begin(self, first):
+        self._ahead[first] = self._gather(self._blocks[first], later=True)
 
     def _drop_ahead(self):
         for first, pending in self._ahead.items():
@@ -114,22 +120,27 @@ class ShardedWeights:
 
     def _with_weights(self, forward, names):
         def gathered(*inputs):
-            self._fetch(names[0])
+            again = self._fetch(names[0])
             try:
                 return forward(*inputs)
             finally:
-                self._release(names)
+                if names[0] == self._last and not again and paddle.is_grad_enabled():
+                    self._ahead[names[0]] = []  # here already: the backward pass begins with it
+                else:
+                    self._release(names)
 
         return gathered
 
     def _from_here_on(self, forward):
         def gathered(**inputs):
             self._begin_pass()
-            if self._held:
-                return forward(**inputs)
-            self._gather(self._outside)
+            pending = [] if self._held else self._gather(self._outside, later=True)
+            if self._next:
+                self._begin(self._first)
+            for sent in pending:
+                sent.result()
             output = forward(**inputs)
-            if not paddle.is_grad_enabled():
+            if not (self._held or paddle.is_grad_enabled()):
                 self._release(self._outside)
             return output
 

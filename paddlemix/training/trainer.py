@@ -129,7 +129,10 @@ class Trainer:
         paddle.seed((self.args.seed * 1_000_003 + number) * 4099 + self.processes.rank)
         totals = self.processes.sum(np.sum([self.objective.weights(batch) for batch in batches], axis=0))
         losses = []
-        self.optimizer.arrive_outside()
+        if self.objective.moves_weights:
+            self.optimizer.arrive()
+        else:
+            self.optimizer.arrive_outside()
         for number_here, batch in enumerate(batches, 1):
             loss = self._loss(batch, totals)
             self.optimizer.begin_backward(last=number_here == len(batches))
