@@ -72,6 +72,29 @@ class Quantised:
         parts = {name: np.ascontiguousarray(array[which]) for name, array in self.arrays().items() if name != "order"}
         return replace(self, **parts)
 
+    def columns(self, first, count):
+        """The weight of ``count`` inputs from ``first`` on.
+
+        Its codes are the same where groups of 32 inputs or more begin and end there; elsewhere, and where groups are in another
+        order than inputs, it is one of 8 bits that is rounded anew.
+        """
+        last = first + count
+        edges = [edge for edge in (first, last) if edge < self.inputs]
+        fitting = (size for size in reversed(GROUPS) if not self.group % size and not any(edge % size for edge in edges))
+        group = next(fitting, None)
+        if self.order is not None or group is None:
+            return quantise(self.dequantised()[:, first:last], 8, GROUPS[0])
+        width = padded(count, group)
+        codes = np.zeros([self.outputs, width], np.int16)
+        codes[:, :count] = unpack(self.codes, self.bits)[:, first:last]
+
+        def own(array):
+            wide = np.repeat(array, self.group // group, axis=1)[:, first // group :][:, : width // group]
+            return np.pad(wide, [(0, 0), (0, width // group - wide.shape[1])], mode="edge")  # of what fills up
+
+        zeros = None if self.zeros is None else own(self.zeros)
+        return Quantised(self.bits, count, group, pack(codes, self.bits), own(self.scales), zeros, self.factors)
+
     def scaled(self, scale):
         """This weight times ``scale [out]``."""
         return replace(self, factors=(self.factors * scale).astype(np.float32))
@@ -234,7 +257,7 @@ def joined(parts):
             for row, output, count in runs:
                 values[output : output + count] = rows[row : row + count]
         return quantise(values, 8, 32)
-    if len(parts) == 1 and parts[0][1] == ((0, 0, out),):
+    if len(parts) == 1 and parts[0][1] == ((0, 0, out),) and out == first.outputs:
         return first
     arrays = {}
     for name, array in first.arrays().items():

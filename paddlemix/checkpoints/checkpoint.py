@@ -20,7 +20,7 @@ from paddlemix.quantised import joined, quantise
 
 from .contents import LAYOUTS, Checkpoint, OpenFiles, by_parameter, check_choices, fill
 from .saving import convert_checkpoint, save_checkpoint, save_packed
-from .tensors import ARRAY_DTYPES
+from .tensors import ARRAY_DTYPES, convert_dtype
 
 __all__ = [
     "LAYOUTS",
@@ -47,7 +47,8 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
             are, else in float32; or as a :class:`~paddlemix.quantised.Quantised` where the files have them in few bits.
         skip: names of parameters that are not read.
         shares: called with a parameter's name; the :class:`~.contents.Share` of it that is wanted, None for all of it, or
-            ``NOTHING``. None wants all of all.
+            ``NOTHING``. None wants all of all. With it what is in few bits in the files, but not among ``quantised``, comes in
+            floating point.
         sinks: called with the name and shape ``[out, in]`` of one of ``quantised``: what takes its rows as they are read, by
             ``put(first output, rows)``, and then comes in the place of its array; or None for an array. Not where its rows are
             not outputs. None for none.
@@ -63,7 +64,7 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
     check_choices("torch", dtype)
     checkpoint = directory if isinstance(directory, Checkpoint) else Checkpoint(directory, config)
     packed = checkpoint.packed
-    if packed - set(quantised):
+    if packed - set(quantised) and shares is None:
         raise CheckpointError(
             f"{checkpoint.directory} is a quantised checkpoint, which can be asked but not trained, merged or converted: take "
             "the original one, in bfloat16 or float16"
@@ -77,9 +78,11 @@ def read_parameters(config, directory, dtype, quantised=(), skip=(), shares=None
     wanted = checkpoint.sources if shares is None else list(_shared(checkpoint.sources, shares))
     unread = Counter(source.weight.name for source in wanted)
     whole = {source.weight.name for source in wanted if source.by_columns or source.is_share or source.part.index is not None}
-    for name, sources in by_parameter(checkpoint.sources, packed - set(skip)).items():
+    for name, sources in by_parameter(wanted, packed - set(skip)).items():
+        weight = sources[0].weight
         with OpenFiles() as files:
-            yield name, _joined(sources[0].weight, sources, files)
+            value = _joined(weight, sources, files)
+        yield name, value if name in quantised else _plain(weight, value, dtype)
 
     def fill_calls(sources, files):
         for source in sources:
@@ -117,11 +120,21 @@ def _joined(weight, sources, files):
             value = files.packed(source)
         else:
             array = aligned_empty(source.part.shape, ARRAY_DTYPES["float32"])
-            whole = source._replace(part=source.part._replace(runs=((0, 0, len(array)),)))
+            whole = source._replace(part=source.part._replace(runs=((0, 0, len(array)),)), inputs=None, is_share=False)
             fill(whole, files.get(source.location), array.T if weight.linear else array, "float32")
             value = quantise(array, 8)
+        for first, _, count in source.inputs or ():  # a share of them
+            value = value.columns(first, count)
         parts.append((value, source.part.runs))
     return joined(parts)
+
+
+def _plain(weight, value, dtype):
+    """A parameter in floating point that is in few bits in the files."""
+    array = convert_dtype(value.dequantised(), "float32", dtype)
+    there = aligned_empty(weight.shape, array.dtype)
+    there[...] = array.T if weight.linear else array
+    return there
 
 
 NOTHING = object()

@@ -23,13 +23,15 @@ def folders(tmp_path_factory):
 
     def make(name, form, group=32):
         if (name, form, group) not in made:
-            made[name, form, group] = _make(tmp_path_factory.mktemp(form), REFERENCE / name / "checkpoint", form, group)
+            folder, source = tmp_path_factory.mktemp(form), REFERENCE / name / "checkpoint"
+            made[name, form, group] = packed_and_plain(folder, source, form, group)
         return made[name, form, group]
 
     return make
 
 
-def _make(folder, source, form, group):
+def packed_and_plain(folder, source, form, group):
+    """Folders of a checkpoint in few bits and of the numbers that it stands for, made in ``folder`` of one at ``source``."""
     from paddlemix.checkpoints.contents import OpenFiles
 
     config = InternVLChatConfig.from_pretrained(str(source))

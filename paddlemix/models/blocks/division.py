@@ -24,6 +24,12 @@ def shares_of(count, size):
     return list(zip(edges, edges[1:]))
 
 
+def inner_shares(width, size):
+    """:func:`shares_of` an inner width, in units of 32 where that costs little: groups of weights in few bits begin there."""
+    unit = 32 if width % 32 == 0 and width >= 256 * size else 1
+    return [(first * unit, last * unit) for first, last in shares_of(width // unit, size)]
+
+
 def head_shares(heads, key_heads, size):
     """For each of ``size`` ranks ``((first, last + 1) query head, (first, last + 1) key head)``.
 
@@ -68,7 +74,7 @@ class Division:
         llm, vision = config.llm_config, config.vision_config
         self.heads, self.key_heads = head_shares(llm.num_attention_heads, llm.num_key_value_heads, size)[rank]
         self.vision_heads = shares_of(vision.num_attention_heads, size)[rank]
-        self.inner = shares_of(llm.intermediate_size, size)[rank]
+        self.inner = inner_shares(llm.intermediate_size, size)[rank]
         self.vision_inner = shares_of(vision.intermediate_size, size)[rank]
         self.projector = shares_of(llm.hidden_size, size)[rank]
         self.vocabulary = shares_of(llm.vocab_size, size)[rank]

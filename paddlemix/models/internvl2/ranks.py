@@ -17,6 +17,7 @@ from paddlemix.models.blocks.parallel import divide
 from paddlemix.models.blocks.quantising import load_quantised, weight_bytes
 from paddlemix.parallel.groups import Group
 from paddlemix.parallel.workers import Inbox, Workers, launched
+from paddlemix.quantised import bytes_per_value
 
 from .configuration import InternVLChatConfig
 
@@ -36,8 +37,12 @@ def load(cls, source, dtype, engine, keep, wanted, weights=(None, None)):
         UserError: it cannot be so.
     """
     config = source.config
-    if isinstance(wanted, Group):
-        _refuse_packed(source)
+    if isinstance(wanted, Group):  # to learn
+        if source.packed:
+            raise ConfigError(
+                f"{source.directory} has weights in few bits, which do not learn where layers are divided: take the original "
+                "checkpoint, or leave out --tensor_parallel_degree"
+            )
         return _loaded(cls, source, dtype, keep, wanted, weights)
     size = needed(source, dtype, weights) if wanted == "auto" else wanted
     if isinstance(size, bool) or not isinstance(size, int):
@@ -45,7 +50,6 @@ def load(cls, source, dtype, engine, keep, wanted, weights=(None, None)):
     check_division(config, size)
     if size == 1:
         return None
-    _refuse_packed(source)
     if engine == "inference":
         raise DeviceError("--engine inference packs whole weights: with --tensor_parallel use --engine eager, or auto")
     dtype = device.resolve_dtype(dtype)
@@ -70,14 +74,6 @@ def load(cls, source, dtype, engine, keep, wanted, weights=(None, None)):
     return model
 
 
-def _refuse_packed(source):
-    if source.packed:
-        raise ConfigError(
-            f"{source.directory} has weights in few bits, which are not divided: take the original checkpoint, with "
-            "--load_8bit or --load_4bit, or leave out --tensor_parallel"
-        )
-
-
 def needed(source, dtype, weights=(None, None)):
     """How many devices of the kind in use the weights of a checkpoint take; ``weights`` as for :func:`load`.
 
@@ -87,7 +83,11 @@ def needed(source, dtype, weights=(None, None)):
     if device.is_cpu():
         return 1  # whose memory all ranks share
     size = 4 if device.resolve_dtype(dtype) == "float32" else 2
-    weights, memory = weight_bytes(source.config.weight_table(), size, *weights) * _ROOM, device.total_memory()
+    packed = {found.weight.name: found.location.dtype for found in source.sources if found.location.packed}
+    table = source.config.weight_table()
+    few = sum(math.prod(weight.shape) * bytes_per_value(packed[weight.name]) for weight in table if weight.name in packed)
+    others = weight_bytes([weight for weight in table if weight.name not in packed], size, *weights)
+    weights, memory = (few + others) * _ROOM, device.total_memory()
     if memory is None:
         raise DeviceError("tensor_parallel 'auto' needs to know a device's memory, which this one does not tell: give a number")
     least = math.ceil(weights / memory)

@@ -8,7 +8,9 @@ import pytest
 
 from paddlemix.errors import ConfigError, DeviceError, ParallelError, PromptError
 from paddlemix.models.internvl2 import ChatSession, InternVLChatConfig, InternVLChatModel, load_tokenizer
+from paddlemix.models.internvl2.convert import convert
 from paddlemix.processors.image import load_image
+from tests.checkpoints.test_packed import packed_and_plain
 from tests.conftest import REFERENCE, assert_close, load_reference, tiles
 
 pytestmark = pytest.mark.slow  # starting ranks takes long
@@ -126,6 +128,45 @@ def test_weights_in_few_bits_are_as_near_to_all_bits_as_those_of_one_process(fam
                 assert 0 < errors[1] < 1.2 * errors[0], errors
         held = [sum(layer.quantised.nbytes for layer in m.quantised_layers.values()) for m in (model, whole)]
         assert 0.2 < held[0] / held[1] < 0.65
+    finally:
+        model.close()
+
+
+@pytest.mark.parametrize(
+    "family, form, near",
+    [
+        ("llama_vit6b", "awq", 1e-5),  # groups begin where shares do: the same codes
+        ("phi3", "gptq_8", 1e-5),
+        ("llama_vit6b", "own", 1e-5),
+        ("internlm2", "gptq", 4e-2),  # the inputs of two layers are cut in groups' middle, and rounded anew in 8 bits
+        ("llama_vit6b", "gptq_order", 4e-2),  # and here groups have inputs from everywhere
+    ],
+)
+def test_checkpoints_in_few_bits_answer_as_in_one_process(tmp_path, family, form, near):
+    """AWQ, GPTQ and our own: each rank has its rows or inputs of the codes in the files."""
+    source = folder(family) / "checkpoint"
+    if form == "own":
+        path, options = tmp_path / "own", dict(weight_dtype="int4", quantize_parts="language,projector,vision")
+        convert(str(source), str(path), **options)
+    else:
+        path, _ = packed_and_plain(tmp_path, source, form, 32)
+    ids = np.random.default_rng(1).integers(0, 700, [1, 40])
+    whole = InternVLChatModel.from_pretrained(str(path), "float32", "eager")
+    model = InternVLChatModel.from_pretrained(str(path), "float32", tensor_parallel=2)
+    try:
+        with paddle.no_grad():
+            one, two = (known(input_ids=ids).logits.numpy() for known in (whole, model))
+            assert np.abs(two - one).max() < near * np.abs(one).max()
+            if near == 1e-5:
+                pixels = np.random.default_rng(0).normal(size=(2, 3, *[whole.config.image_size] * 2)).astype("float32")
+                features = [known.extract_feature(pixels).numpy() for known in (whole, model)]
+                assert np.abs(features[1] - features[0]).max() < near * np.abs(features[0]).max()
+                answers = [known.generate(None, ids, max_new_tokens=12).numpy() for known in (whole, model)]
+                assert (answers[0] == answers[1]).all()
+                kept = {name: layer.quantised.bits for name, layer in model.quantised_layers.items()}
+                assert kept == {name: whole.quantised_layers[name].quantised.bits for name in kept} and len(kept) >= 8
+        held = [sum(layer.quantised.nbytes for layer in m.quantised_layers.values()) for m in (model, whole)]
+        assert held[0] / held[1] < 0.75
     finally:
         model.close()
 
