@@ -99,6 +99,39 @@ def test_two_machines_train_as_one(tmp_path, tensor):
     assert logs == ["node0/workerlog.0", "node1/workerlog.0"]
 
 
+# Of Slurm what scripts use of it: a task on each of two nodes, which know their number.
+SRUN = """#!/bin/sh
+while :; do case $1 in -p) shift 2 ;; -*) echo "$1"; shift ;; *) break ;; esac; done
+SLURM_NODEID=1 "$@" &
+SLURM_NODEID=0 "$@"
+status=$?
+wait $! && exit $status
+"""
+
+
+@pytest.mark.parametrize("form", ["partition", "allocation"])
+def test_two_machines_of_a_slurm_job_train_as_one(tmp_path, form):
+    """By the script itself with PARTITION, and by slurm.sh within an allocation."""
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    run(tmp_path, *COMMON, output="one")
+    command, environment = by_script(tmp_path, 1)
+    environment |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PORT": str(free_port()), "SLURM_JOB_NODELIST": "here[0-1]"}
+    if form == "partition":
+        environment |= {"PARTITION": "cards", "GPUS_PER_NODE": "1"}
+    else:
+        environment |= {"SLURM_JOB_NUM_NODES": "2"}
+        command = [command[0], str(SCRIPT.parents[2] / "slurm.sh"), *command[1:]]
+    done = subprocess.run(command, env=environment, timeout=300, **PIPES)
+    assert done.returncode == 0, done.stdout
+    assert ("--nodes=2" in done.stdout) == (form == "partition")
+    assert_same_losses(tmp_path)
+    logs = sorted(str(path.relative_to(tmp_path / "out" / "launch_logs")) for path in (tmp_path / "out").rglob("workerlog.*"))
+    assert logs == ["node0/workerlog.0", "node1/workerlog.0"]
+
+
 def test_a_script_goes_on_by_itself_after_a_rank_is_killed(tmp_path):
     """With MAX_RESTARTS, from the last checkpoint, to the losses of a run that was left alone."""
     run(tmp_path, *COMMON, output="one")
