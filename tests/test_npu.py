@@ -20,7 +20,10 @@ from safetensors.numpy import load_file
 from paddlemix.training.log import read_log
 from tests.conftest import REFERENCE
 from tests.datasets.helpers import write_meta
-from tests.training.helpers import RECORDS
+from tests.training.helpers import RECORDS, flags
+from tests.training.helpers import run as train_here
+from tests.training.test_finetune import SCRIPT, losses
+from tests.training.test_tensor_parallel import CASES, COMMON
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ROOT / "paddlemix" / "examples" / "internvl2"
@@ -152,6 +155,24 @@ def test_fine_tuning_by_the_scripts(npu, cpu_training, tmp_path_factory, gpus, s
     assert weights.keys() == expected.keys()
     for name, value in expected.items():
         assert np.abs(weights[name] - value).max() < 1e-4, name
+
+
+STEPS = {"tp2": CASES["tp2"], "stage1": (2, 1, "--per_device_train_batch_size 1 --sharding stage1", "", 1e-4)}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_ten_steps_over_two_devices(npu, tmp_path, case):
+    """Layers or states divided over two devices: the losses of one process on CPU."""
+    processes, tensor, more, alone, tolerance = STEPS[case]
+    family = "llama_vit6b" if "tower" in case else "qwen2"
+    own = more.split() if tensor > 1 else []
+    train_here(tmp_path, *COMMON, *own, *alone.split(), family=family, output="one")
+    launcher = ["-m", "paddle.distributed.launch", "--devices", "0,1", "--log_dir", tmp_path / "logs"]
+    divided = [*more.split(), "--tensor_parallel_degree", str(tensor), "--device", "npu"]
+    given = flags(tmp_path, *COMMON, *divided, family=family, output="many")
+    run([*launcher, SCRIPT, *given], {**npu, "PYTHONPATH": str(ROOT)})
+    one, many = losses(tmp_path, "one"), losses(tmp_path, "many")
+    assert len(one) == 10 and list(many.values()) == pytest.approx(list(one.values()), rel=tolerance)
 
 
 HUNG = """
