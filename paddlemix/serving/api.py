@@ -10,6 +10,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+import anyio
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -127,7 +128,7 @@ class Server:
         if too_large and int(announced) > most:
             raise large
         try:
-            async with asyncio.timeout(_BODY_SECONDS):
+            with anyio.fail_after(_BODY_SECONDS):
                 async for piece in request.stream():
                     count += len(piece)
                     too_large = too_large or count > limit
@@ -213,7 +214,7 @@ class Server:
 
         self._wait(1)
         try:
-            async with asyncio.timeout(self.args.request_timeout):
+            with anyio.fail_after(self.args.request_timeout):
                 inputs, tokens = await asyncio.get_running_loop().run_in_executor(self._pool, read)
                 vectors = await asyncio.gather(*map(asyncio.wrap_future, family.submit(inputs)))
         except TimeoutError:
@@ -254,7 +255,8 @@ class Server:
             answer.queue.put_nowait((None, None))
 
     async def _next(self, answer, wait):
-        job, event = await asyncio.wait_for(answer.queue.get(), wait)
+        with anyio.fail_after(wait):  # not asyncio's, whose TimeoutError is another before Python 3.11
+            job, event = await answer.queue.get()
         if job is None:
             raise RequestError("the server is ending", status=503)
         return answer.take(job, event)

@@ -12,7 +12,7 @@ from paddlemix.errors import ConfigError, DataError
 from paddlemix.models.internvl2 import InternVLChatModel, load_tokenizer
 from paddlemix.training.log import read_log
 from paddlemix.training.preference import PreferenceLoss, PreferenceObjective, Reference, encode_preference
-from tests.conftest import REFERENCE
+from tests.conftest import REFERENCE, SAME_PILLOW
 from tests.datasets.helpers import make_encoder
 
 EXPECTED = json.loads((REFERENCE / "mpo/expected.json").read_text(encoding="utf-8"))
@@ -147,12 +147,13 @@ def steps(packed=False):
 @pytest.mark.parametrize("packed", [False, True])
 def test_three_steps(packed):
     """Losses, metrics and gradient norms."""
+    near = 1 if SAME_PILLOW else 10
     for found, step in zip(steps(packed), EXPECTED["steps"], strict=True):
         norms = found.pop("grad_norms")
         assert found["loss"] == pytest.approx(step["loss"], rel=1e-4)
         for name, value in found.items():
             if not name.startswith("logits/"):  # which depend on padding in the original
-                assert value == pytest.approx(step[name], rel=2e-4, abs=2e-5), name
+                assert value == pytest.approx(step[name], rel=2e-4 * near, abs=2e-5 * near), name
         for name in ("mlp1.1.weight", "mlp1.3.weight", "language_model.model.layers.0.mlp.down_proj.weight"):
             if name in step.get("grad_norms", ()):
                 assert norms[name] == pytest.approx(step["grad_norms"][name], rel=1e-3), name

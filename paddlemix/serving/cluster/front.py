@@ -12,6 +12,7 @@ import re
 import secrets
 import threading
 
+import anyio
 from fastapi.responses import Response, StreamingResponse
 
 from ..api import Server, _disconnected, _dump
@@ -141,7 +142,8 @@ class Front(Server):
         told = {}
         with contextlib.suppress(RayError, RayServeException, TimeoutError):  # one has just died
             answers = self.engine.handle.broadcast("metrics").results_async(return_exceptions=True)
-            told = dict(a for a in await asyncio.wait_for(answers, 5) if not isinstance(a, Exception))
+            with anyio.fail_after(5):
+                told = dict(a for a in await answers if not isinstance(a, Exception))
         self._told |= told
         alive = set(told) or set(self._told)
         return merged([(text, name in alive) for name, text in self._told.items()])
