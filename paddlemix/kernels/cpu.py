@@ -7,7 +7,7 @@ model needs no dtype plumbing to run in bfloat16. Matrix products come from the 
 records gradients.
 
 Ask :func:`available` first; it is False without a compiler, on other processors, or if a kernel fails its self-check,
-and then plain Paddle has to do.
+and then plain Paddle has to do. More than 500 lines, since how the library is built, found, opened and called changes together.
 """
 
 import contextlib

@@ -82,6 +82,7 @@ def test_a_step_of_the_engine_computes_each_sequence_alone(bits, kept):
         found = {}
         for first, last in groups:
             found[first, last] = stepper.decode(sequences[first:last]).numpy()
+            assert paddle.is_grad_enabled()  # again
         return found, getattr(model.language_model, "rows_alone", False)
 
     groups = [(0, 41), (0, 1), (7, 10), (3, 19), (30, 41)]

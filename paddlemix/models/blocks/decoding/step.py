@@ -129,11 +129,13 @@ class Stepper:
     @paddle.no_grad()
     def decode(self, sequences):
         """Compute the last token of each sequence; the logits that follow it, ``[len(sequences), V]``."""
-        alone = getattr(self.model, "rows_alone", False)
-        if alone and len(sequences) > MOST_ALONE:
-            parts = range(0, len(sequences), MOST_ALONE)
-            return paddle.concat([self.decode(sequences[first : first + MOST_ALONE]) for first in parts])
-        rows = len(sequences) if alone else -(-len(sequences) // ROWS) * ROWS
+        if not getattr(self.model, "rows_alone", False):
+            return self._decode(sequences, -(-len(sequences) // ROWS) * ROWS)[: len(sequences)]
+        parts = [sequences[first : first + MOST_ALONE] for first in range(0, len(sequences), MOST_ALONE)]
+        logits = [self._decode(part, len(part)) for part in parts]
+        return logits[0] if len(logits) == 1 else paddle.concat(logits)
+
+    def _decode(self, sequences, rows):
         longest = max(len(s.tokens) for s in sequences)
         seen = np.zeros([rows, longest], "int64")
         starts = np.full(rows, longest - 1)
@@ -149,7 +151,7 @@ class Stepper:
         with routed([s.adapter for s in sequences], rows):
             embeds = self.model.embed(paddle.to_tensor(ids)).astype(self.dtype)
             hidden = self.model(embeds, positions, AttentionMask(starts), view)
-            return self.model.lm_head(hidden[:, -1])[: len(sequences)]
+            return self.model.lm_head(hidden[:, -1])
 
     @paddle.no_grad()
     def prefill(self, pieces):
