@@ -258,7 +258,8 @@ def test_with_stage3_a_process_has_its_share_and_one_block(tmp_path, choice):
     script.write_text(SHARDED.format(folder=str(tmp_path / "model"), choice=choice))
     said = run_two(tmp_path, script=str(script))
     peaks, planned = zip(*[map(float, pair) for pair in re.findall(r"^@ (\S+) (\S+)$", said, re.MULTILINE)])
-    assert 0.8 * planned[0] < max(peaks) < 1.05 * planned[0], (peaks, planned)  # rather too much than too little
+    # Rather too much than too little: how much is on its way at once depends on who is quicker.
+    assert 0.7 * planned[0] < max(peaks) < 1.05 * planned[0], (peaks, planned)
 
 
 @pytest.mark.parametrize("sharding", ["stage1", "stage3"])
