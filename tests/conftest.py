@@ -13,13 +13,16 @@ import pytest
 # What runs whole programs, trains, or asks several models at length: `make test-fast` leaves it out, as it does what is marked
 # medium or slow. Paths are relative to this folder.
 MEDIUM = (
-    "benchmarks/ cluster/ examples/ search/ serving/ training/ "
-    "test_benchmarks.py test_commands.py test_docs.py test_operators.py "
-    "checkpoints/test_hub.py datasets/internvl2/test_check.py models/blocks/test_engine.py models/internvl2/test_chat.py "
-    "attacks/test_machine.py checkpoints/test_packed.py datasets/test_stream.py kernels/test_quantised.py evaluation/ "
-    "models/blocks/test_quantising.py models/internvl/ models/internvl_llava/ models/minimonkey/ "
-    "models/internvl2/test_flash.py models/internvl2/test_internvl3.py "
-    "models/internvl2/test_ranks.py models/internvl2/test_tensor_parallel.py"
+    "benchmarks/ cluster/ examples/ search/ serving/ training/ test_benchmarks.py test_commands.py test_docs.py "
+    "test_operators.py checkpoints/test_hub.py datasets/internvl2/test_check.py models/blocks/test_engine.py "
+    "models/internvl2/test_chat.py attacks/ parallel/ checkpoints/test_packed.py datasets/test_stream.py "
+    "kernels/test_quantised.py kernels/test_cache.py evaluation/ models/blocks/test_quantis models/blocks/test_memory.py "
+    "models/blocks/test_activations.py models/blocks/test_last.py models/blocks/test_decoding.py "
+    "models/blocks/test_beams.py models/internvl2/test_hf.py models/internvl2/test_published.py datasets/test_packing.py "
+    "kernels/test_weight_only.py models/internvl/ models/internvl_llava/ models/minimonkey/ models/internvl2/test_flash.py "
+    "models/internvl2/test_internvl3.py models/internvl2/test_ranks.py models/internvl2/test_tensor_parallel.py "
+    "test_scaling.py test_device.py models/internvl2/test_chat_v1.py models/blocks/test_validation.py "
+    "models/blocks/test_inputs.py"
 ).split()
 
 # The reference was resized by Pillow 13, which Python 3.10 cannot have. Earlier ones differ by a grey level here and there, by
