@@ -49,19 +49,18 @@ class Bfloat16Products(gemm.Products):
         """Call when weights have changed: those that learn are packed again when they are next used."""
         self._packs = {key: pack for key, pack in self._packs.items() if pack[0].stop_gradient}
 
-    # ------------------------------------------------------------------ the three products
+    # ------------------------------------------------------------------ the products
 
-    def times(self, x, weight):
+    def times(self, x, weight, bias=None, turned=False):
         if self.packed:
-            return self._pack(weight, False)(self._operand(x))
-        x, weight = rounded(x), rounded(weight)
-        return gemm.plain(x, weight) if _suits(x, weight.shape[1], weight) else paddle.matmul(x, weight)
-
-    def times_turned(self, x, weight):
-        if self.packed:
-            return self._pack(weight, True)(self._operand(x))
-        x, weight = rounded(x), rounded(weight)
-        return gemm.transposed(x, weight) if _suits(x, weight.shape[0], weight) else paddle.matmul(x, weight, transpose_y=True)
+            y = self._pack(weight, turned)(self._operand(x))
+        else:
+            x, weight = rounded(x), rounded(weight)
+            if _suits(x, weight.shape[0 if turned else 1], weight):
+                y = gemm.plain(x, weight, turned=turned)
+            else:
+                y = paddle.matmul(x, weight, transpose_y=turned)
+        return y if bias is None else y + bias
 
     def outer(self, x, y):
         if self.packed:

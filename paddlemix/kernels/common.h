@@ -97,6 +97,39 @@ inline float exp2_nonpositive(float x) {
   return from_bits(bits(p) + (bits(shifted) << 23));
 }
 
+inline float silu(float x) {
+  float e = exp2_nonpositive(-std::fabs(x) * 1.44269504f);
+  return x / (1 + e) * (x < 0 ? e : 1.f);
+}
+
+// Abramowitz and Stegun 7.1.26: erf to 1.5e-7.
+inline float gelu(float x) {
+  const float z = std::fabs(x) * 0.70710678f, t = 1 / (1 + 0.3275911f * z);
+  const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  const float tail = 0.5f * p * exp2_nonpositive(-z * z * 1.44269504f);  // the normal distribution's, beyond |x|
+  return x * (x < 0 ? tail : 1 - tail);
+}
+
+inline void activate(float* x, int64_t count, int activation) {
+  switch (activation) {
+    case kSilu:
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) x[i] = silu(x[i]);
+      break;
+    case kGelu:
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) x[i] = gelu(x[i]);
+      break;
+    case kGeluTanh:  // half of 1 + tanh(u) is the logistic function of 2u
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i) {
+        const float u = 1.59576912f * (x[i] + 0.044715f * x[i] * x[i] * x[i]), e = exp2_nonpositive(-std::fabs(u) * 1.44269504f);
+        x[i] *= u < 0 ? e / (1 + e) : 1 / (1 + e);
+      }
+      break;
+  }
+}
+
 #ifdef PADDLEMIX_VECTORS
 // Sums of four vectors.
 inline __m128 sums_of(const __m256* v) {

@@ -51,8 +51,7 @@ void apply(const Linear& linear, int64_t m, const void* src, int activation, con
 // The same for a few rows each of which is summed up alone, where there is a kernel for the layout that oneDNN prefers.
 void apply_few(const Linear& linear, int64_t m, const void* src, int activation, const void* mul, const float* add, void* dst,
                int dst_type) {
-  const bool known = activation == kNone || activation == kSilu;
-  if (!linear.plain || m > kFewRows || !known) return apply(linear, m, src, activation, mul, add, dst, dst_type);
+  if (!linear.plain || m > kFewRows) return apply(linear, m, src, activation, mul, add, dst, dst_type);
   multiply_few(m, linear.k, linear.n, static_cast<const float*>(src), static_cast<const float*>(linear.data), linear.bias,
                activation, static_cast<const float*>(mul), add, static_cast<float*>(dst));
 }
@@ -302,7 +301,7 @@ const char* linear_few_run(int threads, const Linear* linear, const float* x, in
   return run_linear(threads, linear, x, m, {norm_weight, norm_bias, eps}, activation, residual, out, apply_few);
 }
 
-int linear_few(const Linear* linear) { return linear->plain; }
+int linear_few(const Linear* linear) { return linear->plain && kFewRows; }
 
 const char* mlp_run(int threads, const Linear* gate, const Linear* up, const Linear* down, const float* x, int64_t m,
                     const float* norm_weight, const float* norm_bias, float eps, int activation, const float* residual,

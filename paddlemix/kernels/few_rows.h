@@ -7,7 +7,11 @@
 
 namespace {
 
+#ifdef PADDLEMIX_VECTORS
 constexpr int64_t kFewRows = 64;  // more are work enough for oneDNN
+#else
+constexpr int64_t kFewRows = 0;  // which has vectors where this has none
+#endif
 
 // y [R, count] += x [R, K] @ w [K, count], what comes next in each row being fetched.
 template <int R, int K, bool fetch>
@@ -53,7 +57,7 @@ inline void add_inputs(int64_t m, const float* x, int64_t k, const float* w, int
   if (m - r == 1) add_products<1, K, false>(x + r * k, k, w, n, count, y + r * count, count);
 }
 
-// out [m, n] = act(x [m, k] @ w [k, n] + bias) * mul + add, as Product, where `activation` is kNone or kSilu.
+// out [m, n] = act(x [m, k] @ w [k, n] + bias) * mul + add, as Product.
 void multiply_few(int64_t m, int64_t k, int64_t n, const float* x, const float* w, const float* bias, int activation,
                   const float* mul, const float* add, float* out) {
   // Blocks of columns whose sums stay in the second-level cache, and of which each thread has some.
@@ -62,7 +66,7 @@ void multiply_few(int64_t m, int64_t k, int64_t n, const float* x, const float* 
   for_tasks((n + block - 1) / block, m * k * n > 1 << 16, [&](int64_t task) {
     thread_local Scratch room;
     const int64_t first = task * block, count = std::min(block, n - first);
-    float* y = room.get<float>(kFewRows * 1024);
+    float* y = room.get<float>(m * block);
     std::fill(y, y + m * count, 0.f);
     int64_t i = 0;
     if (m == 1)
@@ -75,12 +79,7 @@ void multiply_few(int64_t m, int64_t k, int64_t n, const float* x, const float* 
       if (bias)
 #pragma omp simd
         for (int64_t c = 0; c < count; ++c) row[c] += bias[first + c];
-      if (activation == kSilu)
-#pragma omp simd
-        for (int64_t c = 0; c < count; ++c) {
-          const float size = row[c] < 0 ? row[c] : -row[c], e = exp2_nonpositive(size * 1.44269504f);
-          row[c] *= (row[c] < 0 ? e : 1.f) / (1.f + e);
-        }
+      activate(row, count, activation);
       if (mul)
 #pragma omp simd
         for (int64_t c = 0; c < count; ++c) row[c] *= mul[at + c];

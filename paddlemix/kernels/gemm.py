@@ -25,7 +25,7 @@ from paddlemix import device
 
 from .cpu import num_threads
 
-__all__ = ["Products", "attention", "gelu", "linear", "linear_for", "outer", "plain", "suits", "transposed"]
+__all__ = ["Products", "attention", "gelu", "linear", "linear_for", "outer", "plain", "suits"]
 
 active = None  # a Bfloat16Products, within its context
 
@@ -120,23 +120,15 @@ def linear(x, weight, bias=None, turned=False):
     return _FLOAT32.linear(x, weight, bias, turned)
 
 
-def plain(x, weight, bias=None):
+def plain(x, weight, bias=None, turned=False):
     """:func:`linear` without gradients."""
     x, weight = x.contiguous(), weight.contiguous()
-    out = paddle.empty([*x.shape[:-1], weight.shape[1]], "float32")
+    out = paddle.empty([*x.shape[:-1], weight.shape[0 if turned else 1]], "float32")
     rows, result = _array(x).reshape(-1, x.shape[-1]), _array(out).reshape(-1, out.shape[-1])
     if bias is not None:
         result[:] = _array(bias)
-    _in_threads(lambda: _multiply(rows, _array(weight), result, add=bias is not None))
-    return out
-
-
-def transposed(x, weight):
-    """``x [..., out] @ weight^T`` of ``weight [in, out]`` without gradients."""
-    x, weight = x.contiguous(), weight.contiguous()
-    out = paddle.empty([*x.shape[:-1], weight.shape[0]], "float32")
-    rows, result = _array(x).reshape(-1, x.shape[-1]), _array(out).reshape(-1, out.shape[-1])
-    _in_threads(lambda: _multiply(rows, _array(weight).T, result))
+    matrix = _array(weight).T if turned else _array(weight)
+    _in_threads(lambda: _multiply(rows, matrix, result, add=bias is not None))
     return out
 
 
@@ -151,13 +143,9 @@ def outer(x, y):
 class Products:
     """The products of a linear layer, forward and backward, in float32; without gradients but for :meth:`linear`."""
 
-    def times(self, x, weight):
-        """``x [..., in] @ weight [in, out]``."""
-        return plain(x, weight)
-
-    def times_turned(self, x, weight):
-        """``x [..., out] @ weight^T``."""
-        return transposed(x, weight)
+    def times(self, x, weight, bias=None, turned=False):
+        """:meth:`linear` without gradients."""
+        return plain(x, weight, bias, turned)
 
     def outer(self, x, y):
         """``x^T @ y`` of ``x [M, in]`` and ``y [M, out]``, one of them as :meth:`kept`."""
@@ -172,23 +160,10 @@ class Products:
         all float32 -> ``[..., out]``."""
         if paddle.is_grad_enabled() and not all(t is None or t.stop_gradient for t in (x, weight, bias)):
             return _Linear.apply(x, weight, bias, self, turned)
-        return self.forward(x, weight, bias, turned)
-
-    def forward(self, x, weight, bias, turned):
-        """:meth:`linear` without gradients."""
-        if turned:
-            y = self.times_turned(x, weight)
-            return y if bias is None else y + bias
-        y = self.times(x, weight)
-        return y if bias is None else y + bias
+        return self.times(x, weight, bias, turned)
 
 
-class _Float32(Products):
-    def forward(self, x, weight, bias, turned):
-        return super().forward(x, weight, bias, turned) if turned else plain(x, weight, bias)  # whose sums begin with the bias
-
-
-_FLOAT32 = _Float32()
+_FLOAT32 = Products()
 
 
 class _Linear(paddle.autograd.PyLayer):
@@ -197,7 +172,7 @@ class _Linear(paddle.autograd.PyLayer):
         ctx.products, ctx.turned, ctx.has_bias = products, turned, bias is not None
         ctx.learns = [t is not None and not t.stop_gradient for t in (x, weight, bias)]
         ctx.save_for_backward(products.kept(x) if ctx.learns[1] else None, weight)
-        return products.forward(x, weight, bias, turned)
+        return products.times(x, weight, bias, turned)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -206,7 +181,7 @@ class _Linear(paddle.autograd.PyLayer):
         rows = gradient.reshape([-1, gradient.shape[-1]])
         of_x = of_weight = of_bias = None
         if ctx.learns[0]:
-            of_x = (products.times if ctx.turned else products.times_turned)(gradient, weight)
+            of_x = products.times(gradient, weight, turned=not ctx.turned)
         if ctx.learns[1]:
             x = x.reshape([-1, x.shape[-1]])
             of_weight = products.outer(rows, x) if ctx.turned else products.outer(x, rows)

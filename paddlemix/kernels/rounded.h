@@ -134,11 +134,16 @@ Rounded round_rows(const Quantised& w, const float* x, int64_t m, Scratch& value
 }
 
 #ifdef PADDLEMIX_VECTORS
-inline __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
+// VNNI's products that are summed in 32 bits, under whichever of its two names the processor has them.
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return _mm256_dpwssd_epi32(sum, a, b);
+#define PADDLEMIX_VNNI(name) _mm256_##name##_epi32
 #elif defined(__AVXVNNI__)
-  return _mm256_dpwssd_avx_epi32(sum, a, b);
+#define PADDLEMIX_VNNI(name) _mm256_##name##_avx_epi32
+#endif
+
+inline __m256i multiply_add(__m256i sum, __m256i a, __m256i b) {
+#ifdef PADDLEMIX_VNNI
+  return PADDLEMIX_VNNI(dpwssd)(sum, a, b);
 #else
   return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 #endif
@@ -230,15 +235,14 @@ void output(const Quantised& w, int64_t n, const Rounded& x, int64_t row, float*
 
 // sum + the products of four neighbours each, u not negative: at most 128 * 127 * 2 in 16 bits, which cannot overflow.
 inline __m256i add_bytes(__m256i sum, __m256i u, __m256i s) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  return _mm256_dpbusd_epi32(sum, u, s);
-#elif defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sum, u, s);
+#ifdef PADDLEMIX_VNNI
+  return PADDLEMIX_VNNI(dpbusd)(sum, u, s);
 #else
   return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1)));
 #endif
 }
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
+
+#ifdef PADDLEMIX_VNNI
 constexpr bool kFourAtOnce = true;
 #else
 constexpr bool kFourAtOnce = false;

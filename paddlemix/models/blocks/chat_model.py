@@ -85,7 +85,10 @@ class ChatModel(nn.Layer):
         self.language_model.cache_dtype = INT8
 
     def weight_bytes(self):
-        """Memory of the weights as they are held here: in tensors, packed for the engine, or in few bits."""
+        """Memory of the weights as they are held here: in tensors, packed for the engine, or in few bits.
+
+        What the engine has twice, such as a head that is the embedding, counts once.
+        """
         few = self.quantised_layers
         held = sum(layer.nbytes for layer in few.values())
         if self.engine_dtype is None:
