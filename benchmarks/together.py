@@ -100,14 +100,15 @@ def in_a_file(directory, options):
     scenes = Path(__file__).parents[1] / "paddlemix" / "demo_images"
     texts = ("What color is the star?", "How many shapes are there?", "Please describe this picture.")
     rates = []
-    for at_once, count in ((1, max(1, options.rows // 8)), (options.clients, options.rows)):
+    for alone, count in ((True, max(1, options.rows // 8)), (False, options.rows)):
         with tempfile.TemporaryDirectory() as folder:
             requests, answers = Path(folder) / "requests.jsonl", Path(folder) / "answers.jsonl"
             rows = [
                 {"id": i, "image": str(scenes / f"scene_{i % 4 + 1}.png"), "text": f"{texts[i % 3]} {i}"} for i in range(count)
             ]
             requests.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            command = [sys.executable, "-m", "paddlemix", "batch", str(requests), str(answers), "--max_num_seqs", str(at_once)]
+            command = [sys.executable, "-m", "paddlemix", "batch", str(requests), str(answers)]
+            command += ["--max_num_seqs", "1"] if alone else []
             command += ["--model_name_or_path", str(directory), "--dtype", options.dtype]
             process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
             while process.poll() is None and not (answers.exists() and answers.stat().st_size):
@@ -147,7 +148,7 @@ def main():
     if options.rows:
         one, many = in_a_file(directory, options)
         print(f"| paddlemix batch, {options.rows} rows | rows/s |\n| --- | --- |\n| one by one | {one:.1f} |")
-        print(f"| {options.clients} at once | {many:.1f} ({many / one:.2f} times) |")
+        print(f"| together | {many:.1f} ({many / one:.2f} times) |")
     else:
         with serving.ours(directory, options) as url:
             target = serving.Target(url, {"ignore_eos": True})

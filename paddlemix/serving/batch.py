@@ -37,7 +37,7 @@ def make_parser():
     add_form_flags(parser)
     add("--processes", type=positive, default=None, help="processes, or actors of --ray (default: 1, or one a machine)")
     add("--ray", metavar="ADDRESS", help="answer on a Ray cluster: host:port, auto, or local for one on this machine")
-    add_model_flags(parser)
+    add_model_flags(parser, max_num_seqs=32)  # nobody waits for a single answer
     add_media_flags(parser, local_path="/")
     return parser
 

@@ -1,5 +1,6 @@
 """The thread that owns the model: jobs come in from the event loop, events go back to it, one batch a turn."""
 
+import gc
 import logging
 import os
 import threading
@@ -22,6 +23,7 @@ class Engine:
         args: parsed flags of the server.
         metrics: :class:`~.metrics.Metrics`.
         deliver: called in the engine's thread with a list of (job, event) after each turn; event None: the job began to run.
+        at_once: as :class:`~paddlemix.models.blocks.decoding.loop.Loop` takes it.
 
     Attributes:
         ready: set when requests can be served; then ``model``, ``tokenizer``, ``loop`` and ``adapters`` are there, and after
@@ -29,8 +31,8 @@ class Engine:
         failure: what loading ended in, or None.
     """
 
-    def __init__(self, args, metrics, deliver):
-        self.args, self.metrics, self.deliver = args, metrics, deliver
+    def __init__(self, args, metrics, deliver, at_once=False):
+        self.args, self.metrics, self.deliver, self.at_once = args, metrics, deliver, at_once
         self.ready, self.failure, self.adapters, self.family, self.loop = threading.Event(), None, [], None, None
         self.loaded = threading.Event()
         self.beat = time.monotonic()  # when the loop last turned, for whoever checks that it lives
@@ -77,6 +79,8 @@ class Engine:
             self.failure = str(error)
         except Exception as error:  # whatever it is, the server has to end in a sentence
             self.failure = f"the model could not be loaded ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
+        gc.collect()
+        gc.freeze()  # what is loaded stays: the collector need not look through it again and again
         self.loaded.set()
         if self.failure is None:
             self.ready.set()
@@ -200,7 +204,7 @@ class Engine:
         cached = args.image_cache_mb << 20
         self.loop = Loop(
             model, self.tokenizer, positions, args.max_num_seqs,
-            image_cache=cached, vision_adapters=self._vision_adapters, longest=longest,
+            image_cache=cached, vision_adapters=self._vision_adapters, longest=longest, at_once=self.at_once,
         )  # fmt: skip
         longest = self.loop.longest
         at_once = min(args.max_num_seqs, max(1, self.loop.positions // longest))

@@ -8,8 +8,8 @@ from paddlemix.commands import add_tensor_parallel, add_weight_flags, positive
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 
 
-def add_model_flags(parser):
-    """Which model, how it is computed, and how much memory it has."""
+def add_model_flags(parser, max_num_seqs=16):
+    """Which model, how it is computed, and how much memory it has; ``max_num_seqs`` is the default of that flag."""
     add = parser.add_argument
     add("--model_name_or_path", default=str(DEMO_MODEL), help="a checkpoint, or a name of one (default: the demo model)")
     add("--device", default="auto", help="auto, or a Paddle device (default: auto)")
@@ -18,7 +18,8 @@ def add_model_flags(parser):
     add_tensor_parallel(parser)
     add_weight_flags(parser)
     add("--lora_modules", nargs="+", default=[], type=_module, metavar="NAME=DIR", help="adapters, as further model names")
-    add("--max_num_seqs", type=positive, default=16, help="answers made at once (default: 16)")
+    help_of_seqs = f"answers made at once (default: {max_num_seqs})"
+    add("--max_num_seqs", type=positive, default=max_num_seqs, help=help_of_seqs)
     add("--max_model_len", type=positive, default=None, help="longest prompt and answer (default: the model's context)")
     add("--kv_cache_gb", type=float, default=None, help="memory for keys and values (default: up to a quarter of what is free)")
     add("--image_cache_mb", type=int, default=64, help="memory for features of pictures (default: 64)")

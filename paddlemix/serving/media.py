@@ -8,7 +8,9 @@ import os
 import re
 import stat
 import tempfile
+import threading
 import urllib.parse
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +24,7 @@ __all__ = ["Media", "MediaRules"]
 
 _DATA = re.compile(r"data:(image|video)/[\w.+-]*((?:;[\w.+=-]*)*),", re.A | re.I)
 _MAX_PIXELS = 64_000_000  # of a picture from outside: more than any tiling uses, and 200 MB decoded
+_KEPT = 32 << 20  # bytes of tiles: a conversation sends its pictures again with every question
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO")
 
 
@@ -37,6 +40,31 @@ class MediaRules:
     max_num: int | None = None
 
 
+class Kept:
+    """Values by key, the longest unused of which go where they would take more than ``room`` bytes."""
+
+    def __init__(self, room):
+        self._room, self._values = room, OrderedDict()
+
+    def get(self, key):
+        """The value of a key, or None."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def put(self, key, value, size):
+        """Keep a value of so many bytes."""
+        before = self._values.pop(key, (None, 0))
+        self._room += before[1]
+        if size > self._room + sum(kept for _, kept in self._values.values()):
+            return
+        while size > self._room:
+            self._room += self._values.popitem(last=False)[1][1]
+        self._values[key] = value, size
+        self._room -= size
+
+
 class Media:
     """Reads media as a checkpoint wants them.
 
@@ -47,6 +75,7 @@ class Media:
 
     def __init__(self, family, rules):
         self.family, self.rules = family, rules
+        self._read_before, self._lock = Kept(_KEPT), threading.Lock()
 
     def picture(self, url, detail=None, max_num=None):
         """(digest, tiles ``[T, 3, H, W]``, what else the family needs of it) of a picture.
@@ -55,12 +84,21 @@ class Media:
             RequestError: it is not allowed, cannot be had, or is no picture.
         """
         data, limit = self._read(url, "image"), self.rules.max_num or self.family.most_tiles
+        most, low = min(max_num or limit, limit), detail == "low"
+        key = hashlib.blake2b(data, digest_size=16).digest(), most, low
+        with self._lock:
+            found = self._read_before.get(key)
+        if found is not None:
+            return found
         try:
             self._check(data)
-            tiles, extra = self.family.read(data, min(max_num or limit, limit), detail == "low")
+            tiles, extra = self.family.read(data, most, low)
         except ImageError as error:
             raise RequestError(f"the picture cannot be used: {_without_inside(error)}", param="messages") from None
-        return _digest(tiles), tiles, extra
+        found = _digest(tiles), tiles, extra
+        with self._lock:
+            self._read_before.put(key, found, tiles.nbytes)
+        return found
 
     def frames(self, url):
         """The same for each frame of a clip, a list."""

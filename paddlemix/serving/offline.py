@@ -1,5 +1,6 @@
 """The server's engine without HTTP: a request goes in, its answer comes out."""
 
+import os
 import threading
 import time
 
@@ -26,7 +27,9 @@ class Offline:
     def __init__(self, args):
         self.args, self.metrics = args, Metrics(args.served_model_name)
         self._waiting = {}  # (answer, what tells that it is over) of each job
-        self.engine = Engine(args, self.metrics, self._deliver)
+        # Threads that read pictures take Python's lock from the engine: one core is left to it.
+        self._preparing = threading.Semaphore(max(1, len(os.sched_getaffinity(0)) - 1))
+        self.engine = Engine(args, self.metrics, self._deliver, at_once=True)
         self.engine.thread.start()
         self.engine.loaded.wait()
         if self.engine.failure is not None:
@@ -45,7 +48,8 @@ class Offline:
         request = parse_request(value)
         name = request.model or self.args.served_model_name
         adapter = name if name in self.engine.adapters else None  # files that name a model of OpenAI's are answered too
-        jobs = prepare(request, self.engine, adapter)
+        with self._preparing:
+            jobs = prepare(request, self.engine, adapter)
         answer = Answer(request, jobs, name, self.engine.tokens, self.metrics, arrived)
         over = threading.Event()
         answer.failure = None

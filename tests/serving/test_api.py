@@ -10,6 +10,7 @@ import sys
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -209,8 +210,6 @@ def test_what_is_wrong_at_the_start(tmp_path):
 
 
 def test_media_rules(tmp_path):
-    from types import SimpleNamespace
-
     from paddlemix.models.internvl2 import InternVLChatConfig
     from paddlemix.serving.families import InternVL2
     from paddlemix.serving.media import Media, MediaRules
@@ -239,6 +238,46 @@ def test_media_rules(tmp_path):
     Image.new("RGB", (8, 8)).save(buffer, "PPM")  # Pillow reads it, but it is none of the promised
     with pytest.raises(RequestError):
         media.picture(picture(buffer.getvalue())["image_url"]["url"])
+
+
+def test_pictures_that_come_again_are_read_once(tmp_path):
+    """By what is in them and what is asked of them, and in so much memory."""
+    from PIL import Image
+
+    from paddlemix.models.internvl2 import InternVLChatConfig
+    from paddlemix.serving import media as rooms
+    from paddlemix.serving.families import InternVL2
+
+    reads = []
+
+    class Family(InternVL2):
+        most_tiles = 6
+
+        def read(self, data, most, low):
+            reads.append((most, low))
+            return super().read(data, most, low)
+
+    family = Family(None, None)
+    config = InternVLChatConfig.from_pretrained(ROOT / "paddlemix" / "demo_model")
+    config.max_dynamic_patch = 6
+    family.model = SimpleNamespace(config=config)
+    media, file = rooms.Media(family, rooms.MediaRules(local=str(tmp_path))), tmp_path / "x.png"
+    Image.new("RGB", (80, 40), "red").save(file)
+    red = media.picture(f"file://{file}")
+    again = media.picture(f"file://{file}")
+    assert len(reads) == 1 and again[0] == red[0] and (again[1] == red[1]).all()
+    assert len(media.picture(f"file://{file}", "low")[1]) == 1 < len(red[1])
+    Image.new("RGB", (80, 40), "blue").save(file)
+    assert media.picture(f"file://{file}")[0] != red[0] and len(reads) == 3
+
+    kept = rooms.Kept(10)
+    for name, size in (("a", 4), ("b", 4), ("a", 5), ("large", 11)):
+        kept.put(name, name, size)
+    assert kept.get("b") == "b" and kept.get("a") == "a" and kept.get("large") is None
+    kept.put("c", "c", 3)
+    assert kept.get("b") is None and kept.get("a") == "a" and kept.get("c") == "c"
+    kept.put("d", "d", 10)
+    assert (kept.get("a"), kept.get("c"), kept.get("d")) == (None, None, "d")
 
 
 @pytest.mark.slow

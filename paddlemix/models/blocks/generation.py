@@ -267,6 +267,7 @@ class TextStream:
 
     # Ids that are decoded again with each new one: enough for every tokenizer's rules about spaces.
     _CONTEXT = 4
+    _LONGEST = 12  # from so many on fewer are looked for
 
     def __init__(self, tokenizer, stop_strings=(), cut=True, skip_special_tokens=True, strip=True):
         self._tokenizer, self._cut, self._skip, self._strip = tokenizer, cut, skip_special_tokens, strip
@@ -283,9 +284,11 @@ class TextStream:
         stable = len(text) if final else self._tokenizer.stable_length(text)
         self._text += text[self._shown : stable]
         self._shown = max(self._shown, stable)
+        if self._shown < len(text) or len(self._window) < self._LONGEST:
+            return
         # Where all text is final, the ids long gone have no more say in what follows: the window can move on.
         tail = self._decode(self._window[-self._CONTEXT :])
-        if self._shown == len(text) and tail and self._tokenizer.stable_length(tail) == len(tail):
+        if tail and self._tokenizer.stable_length(tail) == len(tail):
             self._window, self._shown = self._window[-self._CONTEXT :], len(tail)
 
     def _emit(self, final):

@@ -75,18 +75,26 @@ class RotaryTables:
         Returns:
             :class:`~.layers.Rotary` ``(cos, sin)``, each ``[B or 1, N, 1, D]`` float32; the first half of ``sin`` is negated.
         """
+        if self.config.rope_type in ("dynamic", "longrope"):
+            cos, sin, position_ids = self._tables_of_lengths(position_ids, length)
+        else:
+            cos, sin = self._table("native", int(np.max(length)))
+        # embedding() is the lookup that every backend has natively.
+        return Rotary(F.embedding(position_ids, table).unsqueeze(2) for table in (cos, sin))
+
+    def _tables_of_lengths(self, position_ids, length):
+        """Cosines and sines for sequences of several lengths, each with its own scaling, and where each token's are."""
         lengths, which = np.unique(length, return_inverse=True)
         longest = {self.variant(int(length)): int(length) for length in lengths}  # of each variant, as lengths ascend
         tables = [self._table(variant, length) for variant, length in longest.items()]
         if len(tables) == 1:
-            cos, sin = tables[0]
-        else:  # one table after the other, each token's position counted from the start of its own
-            starts = np.cumsum([0, *(len(cos) for cos, _ in tables[:-1])])
-            first = np.array([starts[[*longest].index(self.variant(int(length)))] for length in lengths])
-            position_ids = position_ids + paddle.to_tensor(first[which].reshape(np.shape(length)))
-            cos, sin = (paddle.concat(parts) for parts in zip(*tables))
-        # embedding() is the lookup that every backend has natively.
-        return Rotary(F.embedding(position_ids, table).unsqueeze(2) for table in (cos, sin))
+            return *tables[0], position_ids
+        # one table after the other, each token's position counted from the start of its own
+        starts = np.cumsum([0, *(len(cos) for cos, _ in tables[:-1])])
+        first = np.array([starts[[*longest].index(self.variant(int(length)))] for length in lengths])
+        position_ids = position_ids + paddle.to_tensor(first[which].reshape(np.shape(length)))
+        cos, sin = (paddle.concat(parts) for parts in zip(*tables))
+        return cos, sin, position_ids
 
     def _table(self, variant, length):
         """Cosines and sines of a variant for ``length`` positions at least, ``[positions, D]`` each."""

@@ -1,11 +1,9 @@
 """Answers to any number of prompts, as many at once as there is room for: who is done makes room for the next."""
 
-import math
-
 from paddlemix.errors import PromptError
 from paddlemix.kernels import cpu as kernels
 
-from .decoding.loop import Loop, bytes_per_position, chunk_size, positions_for
+from .decoding.loop import Loop, bytes_per_position, positions_for
 from .thinking import AnswerReader
 
 __all__ = ["Answer", "answer_many", "room_for", "suit_threads"]
@@ -55,36 +53,34 @@ def answer_many(model, tokenizer, asked, config, template, max_seqs, memory=None
         After each turn that answered some, a list of :class:`Answer`.
     """
     asked, held, loop, keys, texts, first = iter(asked), None, None, {}, {}, None
-    group = max(1, max_seqs // 4)  # prompts are computed together, not as each place becomes free
     while True:
         ended = []
-        if len(keys) <= max_seqs - group:
-            while len(keys) < max_seqs and (item := held or next(asked, None)) is not None:
-                held = None
-                if len(item) == 2:
-                    ended.append(Answer(item[0], "", "error", item[1]))
-                    continue
-                key, ids, pictures, stream, *compress = item
-                compress = compress[0] if compress else None
-                longest = min(len(ids) + config.max_new_tokens, model.config.llm_config.context_length)
-                if loop is None or longest > loop.positions:
-                    if keys:  # they end in the cache that they began in
-                        held = item
-                        break
-                    loop, first = _loop(model, tokenizer, longest, max_seqs, memory), None
-                reader = None
-                if template.channels and config.form is None:  # an answer in a form has no thought before it
-                    reader = AnswerReader(tokenizer, template, config.stop_strings, template.cuts_at_stop)
-                after = first[1] if first is not None and first[0] is ids else None
-                try:
-                    more = {"reader": reader, "after": after, "compress": compress}
-                    job = loop.make_job(ids, config, pictures, stream=stream, cuts=template.cuts_at_stop, **more)
-                except PromptError as error:
-                    ended.append(Answer(key, "", "error", error))
-                    continue
-                loop.add(job)
-                first = first if after is not None else (ids, job)
-                keys[job], texts[job] = key, ""
+        while len(keys) < max_seqs and (item := held or next(asked, None)) is not None:
+            held = None
+            if len(item) == 2:
+                ended.append(Answer(item[0], "", "error", item[1]))
+                continue
+            key, ids, pictures, stream, *compress = item
+            compress = compress[0] if compress else None
+            longest = min(len(ids) + config.max_new_tokens, model.config.llm_config.context_length)
+            if loop is None or longest > loop.positions:
+                if keys:  # they end in the cache that they began in
+                    held = item
+                    break
+                loop, first = _loop(model, tokenizer, longest, max_seqs, memory), None
+            reader = None
+            if template.channels and config.form is None:  # an answer in a form has no thought before it
+                reader = AnswerReader(tokenizer, template, config.stop_strings, template.cuts_at_stop)
+            after = first[1] if first is not None and first[0] is ids else None
+            try:
+                more = {"reader": reader, "after": after, "compress": compress}
+                job = loop.make_job(ids, config, pictures, stream=stream, cuts=template.cuts_at_stop, **more)
+            except PromptError as error:
+                ended.append(Answer(key, "", "error", error))
+                continue
+            loop.add(job)
+            first = first if after is not None else (ids, job)
+            keys[job], texts[job] = key, ""
         for event in loop.step() if keys else ():
             texts[event.job] += event.piece
             if event.reason:
@@ -102,6 +98,4 @@ def _loop(model, tokenizer, longest, max_seqs, memory):
     positions = each * max_seqs
     if memory is not None:
         positions = max(each, min(positions, memory // bytes_per_position(model)))
-    chunk = chunk_size(model.language_model)
-    budget = chunk * max(1, math.ceil(max_seqs / 8)) if chunk > 64 else chunk
-    return Loop(model, tokenizer, positions, max_seqs, chunk=chunk, image_cache=_PICTURES, budget=budget, at_once=True)
+    return Loop(model, tokenizer, positions, max_seqs, image_cache=_PICTURES, at_once=True)

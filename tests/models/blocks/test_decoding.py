@@ -1,5 +1,7 @@
 """Many sequences at once: each gets, token for token, what it gets alone, whatever happens around it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import paddle
 import pytest
@@ -46,10 +48,16 @@ def run(loop, jobs):
     return [job.answer for job in jobs]
 
 
-@pytest.fixture(scope="module")
-def alone():
-    """Each question by itself in a cache of its own."""
+@pytest.fixture(scope="module", params=["eager", "inference"])
+def alone(request):
+    """Each question by itself in a cache of its own, by either engine."""
     reference = load_reference("qwen2")
+    if request.param == "inference":
+        if not kernels.available("float32"):
+            pytest.skip("the CPU kernels cannot be built here")
+        model = InternVLChatModel.from_pretrained(str(reference.path), dtype="float32", engine="inference")
+        model.set_tokenizer(reference.tokenizer)
+        reference = SimpleNamespace(**{**vars(reference), "model": model})
     options = {"do_sample": True, "seed": 5, "top_k": 0, "temperature": 1.5}
     found = []
     for number in range(len(QUESTIONS)):
@@ -79,6 +87,7 @@ def test_a_step_of_the_engine_computes_each_sequence_alone(bits, kept):
         for sequence in sequences:
             sequence.pages = table.take(-(-len(sequence.tokens) // 16))
             stepper.prefill([(sequence, len(sequence.tokens) - 1, None)])
+            sequence.computed = len(sequence.tokens) - 1
         found = {}
         for first, last in groups:
             found[first, last] = stepper.decode(sequences[first:last]).numpy()
@@ -92,6 +101,41 @@ def test_a_step_of_the_engine_computes_each_sequence_alone(bits, kept):
         np.testing.assert_array_equal(found[first, last], found[0, 41][first:last])
     plain = steps("eager", groups[:1])[0][0, 41]
     assert np.abs(found[0, 41] - plain).max() < (1e-4 if bits is kept is None else 0.05) * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+def test_short_pieces_of_prompts_go_along_with_answers(bits):
+    """Pictures in them too: each to the last bit as alone, and as a prompt is computed otherwise."""
+    if not kernels.available("float32"):
+        pytest.skip("the CPU kernels cannot be built here")
+    path = str(load_reference("qwen2").path)
+    model = InternVLChatModel.from_pretrained(path, dtype="float32", engine="inference", weight_dtype=bits)
+    random, table = np.random.default_rng(0), PageTable(200)
+    stepper = Stepper(model.language_model, table)
+    if not stepper.short:
+        pytest.skip("this CPU's products of rows depend on how many there are")
+    lengths = [32, 1, 9, 20, 31, 2, 17]
+    prompts = [random.integers(5, 200, length).tolist() for length in lengths]
+    features = paddle.to_tensor(random.standard_normal([4, model.config.llm_config.hidden_size]).astype("float32"))
+
+    def fresh():
+        """(sequence, tokens, features): prompts that nothing is computed of, two of them with a picture."""
+        pieces = []
+        for number, tokens in enumerate(prompts):
+            sequence = Sequence(list(tokens), len(tokens), pages=table.take(-(-len(tokens) // 16)))
+            pieces.append((sequence, len(tokens), (np.arange(3, 7), features + number) if number in (2, 4) else None))
+        return pieces
+
+    answering = Sequence(random.integers(5, 200, 40).tolist(), 40, pages=table.take(3))
+    stepper.prefill([(answering, 39, None)])
+    answering.computed = 39
+    alone = [stepper.alone([piece]).numpy()[0] for piece in fresh()]
+    step = stepper.decode([answering]).numpy()[0]
+    together = stepper.alone([(answering, 1, None), *fresh()]).numpy()
+    np.testing.assert_array_equal(together, [step, *alone])
+    for expected, piece in zip(alone, fresh()):
+        got = stepper.prefill([piece]).numpy()[0]
+        assert np.abs(got - expected).max() < (1e-4 if bits is None else 0.05) * np.abs(expected).max()
 
 
 def test_greedy_is_what_generate_gives(alone):
@@ -108,11 +152,12 @@ def test_greedy_is_what_generate_gives(alone):
         assert got.numpy()[0].tolist()[: len(greedy)] == greedy
 
 
+@pytest.mark.parametrize("at_once", [False, True])
 @pytest.mark.parametrize("chunk, max_seqs, positions", [(512, 16, 8192), (16, 16, 8192), (32, 3, 8192), (64, 16, 0)])
-def test_in_company_as_alone(alone, chunk, max_seqs, positions):
+def test_in_company_as_alone(alone, chunk, max_seqs, positions, at_once):
     reference, options, found = alone
     longest = 1 + max(make(Loop(reference.model, reference.tokenizer, 2048), reference, n).prompt for n in range(5)) + 12
-    loop = Loop(reference.model, reference.tokenizer, positions or longest + 64, max_seqs, chunk=chunk)
+    loop = Loop(reference.model, reference.tokenizer, positions or longest + 64, max_seqs, chunk=chunk, at_once=at_once)
     order = [3, 0, 2, 1, 4, 2, 0, 3, 1, 4]
     jobs = [make(loop, reference, n, **(options if i % 2 else {})) for i, n in enumerate(order)]
     expected = [found[n][i % 2] for i, n in enumerate(order)]
@@ -169,6 +214,26 @@ def test_pages_are_shared_counted_and_evicted_from_the_end():
     assert table.used == 0 and table.available == 4
     assert len(table.take(3)) == 3  # two were free: the end of the sealed pages had to go
     assert table.share(hashes) == first[:1] and table.take(1) is None
+
+
+def test_prompts_wait_for_others_but_not_long(alone):
+    """Where pauses do not matter: a quarter of the places, or four turns."""
+    reference, _, _ = alone
+    loop = Loop(reference.model, reference.tokenizer, 8192, 8, at_once=True)
+    first, second, third = (make(loop, reference, 3, max_new_tokens=40, min_new_tokens=40) for _ in range(3))
+    loop.add(first)
+    for _ in range(3):
+        loop.step()
+    loop.add(second)
+    turns = 0
+    while not second.answer:
+        loop.step()
+        turns += 1
+    assert turns == 4 and len(first.answer) == 3 + turns
+    loop.add(third)
+    loop.add(make(loop, reference, 4))
+    loop.step()
+    assert len(third.answer) == 1
 
 
 def test_the_youngest_gives_way_and_comes_back():

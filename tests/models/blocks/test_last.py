@@ -105,13 +105,13 @@ def test_chunks_and_batches_of_questions_too(engine):
     reference, model = opened(FAMILIES[0], engine)
     layers = model.language_model.model.layers
     first, last = Spy(layers[0], engine), Spy(layers[-1], engine)
-    loop = Loop(model, reference.tokenizer, 2048, 4, chunk=32)
-    jobs = [loop.make_job(list(range(5, 5 + length)), GenerationConfig(max_new_tokens=1)) for length in (100, 7)]
+    loop = Loop(model, reference.tokenizer, 2048, 4, chunk=64)
+    jobs = [loop.make_job(list(range(5, 5 + length)), GenerationConfig(max_new_tokens=1)) for length in (100, 103)]
     for job in jobs:
         loop.add(job)
     while any(event for event in loop.step()) or not all(job.answer for job in jobs):
         pass
-    assert sum(first.rows) >= 107 and max(first.rows) >= 32
+    assert sum(first.rows) >= 203 and max(first.rows) >= 64
     assert len(last.rows) == len(first.rows) and set(last.rows) <= {ROWS, 2 * ROWS}
     first.rows.clear(), last.rows.clear()
     questions = ["<image>\nWhat is in the picture?", "Where?"]

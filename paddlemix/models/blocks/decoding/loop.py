@@ -26,6 +26,8 @@ from .tower import Tower
 
 __all__ = ["Event", "Job", "Loop"]
 
+PATIENCE = 4  # turns that a prompt waits for others at most, where pauses do not matter
+
 
 @dataclass(eq=False)
 class Job(Sequence):
@@ -87,7 +89,6 @@ class Loop:
         image_cache: bytes of features of pictures to keep for later.
         vision_adapters: attached adapters that are of the vision tower too.
         longest: most positions of a sequence; None for what the model's context and the cache allow.
-        budget: tokens of several prompts at once; None for ``chunk``.
         at_once: compute pictures and prompts of all that came in before the next token of the others: more answers in all, and
             longer pauses for each.
     """
@@ -103,16 +104,17 @@ class Loop:
         image_cache=0,
         vision_adapters=(),
         longest=None,
-        budget=None,
         at_once=False,
     ):
         self.model, self.tokenizer = model, tokenizer
         self.table = PageTable(1 + -(-positions // page_size), page_size)
-        self.scheduler = Scheduler(self.table, max_seqs, chunk or chunk_size(model.language_model), budget)
+        chunk = chunk or chunk_size(model.language_model)
+        budget = chunk * math.ceil(max_seqs / 8) if at_once and chunk > 64 else chunk
         self.stepper = Stepper(model.language_model, self.table, model.language_model.embed(paddle.to_tensor([0])).dtype)
+        self.scheduler = Scheduler(self.table, max_seqs, chunk, budget, self.stepper.short)
         self.tower = Tower(model, image_cache, vision_adapters)
         self.longest = min(longest or self.positions, model.config.llm_config.context_length, self.positions)
-        self._turn, self.at_once = 0, at_once
+        self._turn, self._patience, self.at_once = 0, 0, at_once
         self._unsettled = deque()  # jobs that do not know yet which of their tiles are compact
 
     @property
@@ -188,24 +190,44 @@ class Loop:
                 events.append(self._fail(job, error))
                 continue
             job.image_hits = hits if job.image_hits is None else job.image_hits
-        if plan.decode:
-            logits = self.stepper.decode(plan.decode)
-            for job in plan.decode:
-                self.scheduler.advanced(job, 1)
-            events += self._choose(plan.decode, logits)
         self._turn += 1
-        if self.at_once:
-            while self.tower.is_busy:
-                self.tower.slice()
-            while chunks := self.scheduler.chunks(self.tower.has):
-                events += self._prefill(chunks)
-        elif self.tower.is_busy and self._turn % 2:
-            self.tower.slice()
-        elif chunks := self.scheduler.chunks(self.tower.has):
-            events += self._prefill(chunks)
-        elif self.tower.is_busy:
+        prompts = self._prompts_are_due(plan)
+        chunks = self.scheduler.chunks(self.tower.has) if prompts else []
+        beside = bool(chunks) and chunks[0][1] <= self.stepper.short
+        if beside:
+            events += self._advance([(job, 1) for job in plan.decode] + chunks, self.stepper.alone)
+        elif plan.decode:
+            events += self._advance([(job, 1) for job in plan.decode], self._decode)
+        if chunks and not beside:
+            events += self._advance(chunks, self.stepper.prefill)
+        if self.at_once and prompts:
+            while more := self.scheduler.chunks(self.tower.has):
+                events += self._advance(more, self.stepper.alone if more[0][1] <= self.stepper.short else self.stepper.prefill)
+        elif not chunks and self.tower.is_busy:
             self.tower.slice()
         return events
+
+    def _decode(self, pieces):
+        return self.stepper.decode([job for job, *_ in pieces])
+
+    def _prompts_are_due(self, plan):
+        """Whether prompts are computed in this turn."""
+        if not self.at_once:
+            return not (self.tower.is_busy and self._turn % 2)
+        if plan.decode and not self._enough_came_in():
+            return False
+        while self.tower.is_busy:
+            self.tower.slice()
+        return True
+
+    def _enough_came_in(self):
+        """Whether prompts are computed now: a few cost little more than one, so that one waits for others, but not long."""
+        came_in = sum(1 for job in self.scheduler.running if job.computed < job.prompt)
+        self._patience = self._patience + 1 if came_in else 0
+        if 4 * came_in < self.scheduler.max_seqs and self._patience < PATIENCE:
+            return False
+        self._patience = 0
+        return True
 
     def _settle(self):
         """Let those wait for their turn whose gates are known: tiles have their sizes from then on."""
@@ -245,8 +267,9 @@ class Loop:
         self._fit(job)
         job.variant = job.variant if job.compress is None else None
 
-    def _prefill(self, chunks):
-        logits = self.stepper.prefill([(job, count, self.tower.features(job, count)) for job, count in chunks])
+    def _advance(self, chunks, compute):
+        """Compute the next tokens, (job, number) each, and choose what follows where they are the last."""
+        logits = compute([(job, count, self.tower.features(job, count)) for job, count in chunks])
         done = []
         for row, (job, count) in enumerate(chunks):
             self.scheduler.advanced(job, count)

@@ -93,10 +93,11 @@ class Scheduler:
         max_seqs: how many run at once.
         chunk: most tokens of a prompt at once, a multiple of the page size.
         budget: most tokens of several prompts at once; None for ``chunk``.
+        short: pieces of at most so many tokens are computed another way, and never beside longer ones.
     """
 
-    def __init__(self, table, max_seqs, chunk, budget=None):
-        self.table, self.max_seqs, self.chunk, self.budget = table, max_seqs, chunk, budget or chunk
+    def __init__(self, table, max_seqs, chunk, budget=None, short=0):
+        self.table, self.max_seqs, self.chunk, self.budget, self.short = table, max_seqs, chunk, budget or chunk, short
         self.waiting, self.running = deque(), []  # both by age
         self._oldest_first = False
 
@@ -202,7 +203,8 @@ class Scheduler:
             count = self._chunk_of(sequence)
             if (len(found) + 1) * max(width, count) > self.budget or sequence is first:
                 continue
-            if 2 * min(width, count) >= max(width, count):  # more filling than work does not pay
+            shorter, longer = sorted((width, count))
+            if longer <= self.short or (shorter > self.short and 2 * shorter >= longer):  # more filling than work does not pay
                 found.append((sequence, count))
                 width = max(width, count)
         return found

@@ -6,8 +6,8 @@ A step goes through the same decoder as everything else, with a :class:`PagesVie
 ``append(layer, k, v)``, which stores the new positions and returns all that the queries see.
 
 An answer must not depend on who else is there, but matrix products choose their way of adding by the number of rows. So they
-are computed in multiples of 16 rows, filled up with some that nobody reads, except in a step of a model that computes each row
-alone (``rows_alone``: the CPU engine with weights that lie row by row or are in few bits).
+are computed in multiples of 16 rows, filled up with some that nobody reads, except of a model that computes each row alone
+(``rows_alone``: the CPU engine with weights that lie row by row or are in few bits), for a step and for short prompts.
 """
 
 import numpy as np
@@ -18,7 +18,7 @@ from paddlemix import device
 
 from ..kv_cache import INT8, Int8Rows, layout_of
 from ..last import ROWS
-from ..layers import AttentionMask
+from ..layers import AttentionMask, take_rows
 from .routing import routed
 
 __all__ = ["ROWS", "PagedCache", "PagesView", "Stepper"]
@@ -126,32 +126,69 @@ class Stepper:
         size = self.table.page_size
         return np.asarray(sequence.pages, "int64")[positions // size] * size + positions % size
 
+    @property
+    def short(self):
+        """Most tokens of a piece of a prompt that are computed as rows, each alone, like those of decoding; 0 for none."""
+        return MOST_ALONE if getattr(self.model, "rows_alone", False) else 0
+
     @paddle.no_grad()
     def decode(self, sequences):
         """Compute the last token of each sequence; the logits that follow it, ``[len(sequences), V]``."""
-        if not getattr(self.model, "rows_alone", False):
-            return self._decode(sequences, -(-len(sequences) // ROWS) * ROWS)[: len(sequences)]
-        parts = [sequences[first : first + MOST_ALONE] for first in range(0, len(sequences), MOST_ALONE)]
-        logits = [self._decode(part, len(part)) for part in parts]
+        if self.short:
+            return self.alone([(sequence, 1, None) for sequence in sequences])
+        last = [(sequence, len(sequence.tokens) - 1) for sequence in sequences]
+        return self.model.lm_head(self._rows(last, -(-len(last) // ROWS) * ROWS))[: len(last)]
+
+    @paddle.no_grad()
+    def alone(self, pieces):
+        """As :meth:`prefill`, for pieces of at most :attr:`short` tokens, of answers or prompts: each token by itself."""
+        parts, room = [[]], MOST_ALONE
+        for piece in pieces:
+            if piece[1] > room:
+                parts.append([])
+                room = MOST_ALONE
+            parts[-1].append(piece)
+            room -= piece[1]
+        logits = []
+        for part in parts:
+            tokens, features, ends = [], [], []
+            for sequence, count, own in part:
+                if own is not None:
+                    features.append((own[0] + len(tokens), own[1]))
+                tokens += [(sequence, sequence.computed + i) for i in range(count)]
+                ends.append(len(tokens) - 1)
+            hidden = self._rows(tokens, len(tokens), features)
+            logits.append(self.model.lm_head(hidden if len(ends) == len(tokens) else take_rows(hidden, ends)))
         return logits[0] if len(logits) == 1 else paddle.concat(logits)
 
-    def _decode(self, sequences, rows):
-        longest = max(len(s.tokens) for s in sequences)
+    def _rows(self, tokens, rows, features=()):
+        """Hidden states ``[rows, D]`` of tokens, (sequence, position) each, of a sequence in a row with those before it;
+        ``features`` are (rows, ``[R, D]``) that stand for some of them."""
+        longest = max(position for _, position in tokens) + 1
         seen = np.zeros([rows, longest], "int64")
         starts = np.full(rows, longest - 1)
         ids, positions = np.zeros([rows, 1], "int64"), np.zeros([rows, 1], "int64")
         lengths = np.ones([rows, 1], "int64")
-        for row, sequence in enumerate(sequences):
-            length = len(sequence.tokens)
-            starts[row] = longest - length
-            seen[row, starts[row] :] = self._slots(sequence, 0, length)
-            ids[row], positions[row] = sequence.tokens[-1], length - 1
-            lengths[row] = max(length, sequence.prompt)
+        for row, (sequence, position) in enumerate(tokens):
+            starts[row] = longest - 1 - position
+            seen[row, starts[row] :] = self._slots(sequence, 0, position + 1)
+            ids[row], positions[row] = sequence.tokens[position], position
+            lengths[row] = max(position + 1, sequence.prompt)
         view = PagesView(self.cache, seen[:, -1], seen, lengths)
-        with routed([s.adapter for s in sequences], rows):
-            embeds = self.model.embed(paddle.to_tensor(ids)).astype(self.dtype)
-            hidden = self.model(embeds, positions, AttentionMask(starts), view)
-            return self.model.lm_head(hidden[:, -1])
+        with routed([sequence.adapter for sequence, _ in tokens], rows):
+            embeds = self._embed(ids, features)
+            return self.model(embeds, positions, AttentionMask(starts), view)[:, -1]
+
+    def _embed(self, ids, features):
+        """Embeddings ``[B, N, D]`` of ``ids [B, N]``, with ``features`` at their places among all of these."""
+        embeds = self.model.embed(paddle.to_tensor(np.maximum(ids, 0))).astype(self.dtype)  # a feature's need not be a token
+        if not features:
+            return embeds
+        places, values = zip(*features)
+        flat = embeds.reshape([-1, embeds.shape[-1]])
+        values = paddle.concat(values) if len(values) > 1 else values[0]
+        places = paddle.to_tensor(np.concatenate(places))
+        return paddle.scatter(flat, places, values.astype(flat.dtype), overwrite=True).reshape(embeds.shape)
 
     @paddle.no_grad()
     def prefill(self, pieces):
@@ -170,8 +207,8 @@ class Stepper:
         rows = len(pieces)
         ids, positions = np.zeros([rows, width], "int64"), np.zeros([rows, width], "int64")
         seen, lengths = np.zeros([rows, before + width], "int64"), np.ones([rows, width], "int64")
-        places, values, starts, ends = [], [], [], []
-        for row, (sequence, count, features) in enumerate(pieces):
+        features, starts, ends = [], [], []
+        for row, (sequence, count, own) in enumerate(pieces):
             first, last = sequence.computed, sequence.computed + count
             ids[row, :count] = sequence.tokens[first:last]
             positions[row, :count] = np.arange(first, last)
@@ -179,19 +216,11 @@ class Stepper:
             lengths[row] = np.maximum(positions[row] + 1, sequence.prompt)
             starts.append(before - first)
             ends.append(count - 1)
-            if features is not None:
-                places.append(features[0] + row * width)
-                values.append(features[1])
+            if own is not None:
+                features.append((own[0] + row * width, own[1]))
         view = PagesView(self.cache, seen[:, before:].reshape(-1), seen, lengths)
         with routed([sequence.adapter for sequence, _, _ in pieces], None if rows == 1 else rows):
-            # What stands for a feature need not be a token.
-            embeds = self.model.embed(paddle.to_tensor(np.maximum(ids, 0))).astype(self.dtype)
-            if places:
-                flat = embeds.reshape([-1, embeds.shape[-1]])
-                values = paddle.concat(values) if len(values) > 1 else values[0]
-                places = paddle.to_tensor(np.concatenate(places))
-                flat = paddle.scatter(flat, places, values.astype(flat.dtype), overwrite=True)
-                embeds = flat.reshape(embeds.shape)
+            embeds = self._embed(ids, features)
             hidden = self.model(embeds, positions, AttentionMask(starts), view, positions=np.array(ends))[:, 0]
             padding = [hidden[-1:]] * (-rows % ROWS)
             return self.model.lm_head(paddle.concat([hidden, *padding]) if padding else hidden)[:rows]
