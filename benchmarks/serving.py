@@ -173,11 +173,10 @@ def ours(directory, options):
 
 def llama(directory, options):
     """llama-cpp-python's server over random weights of the same decoder shapes."""
-    file = Path(directory).absolute() / "random.gguf"
-    file = file if os.access(file.parent, os.W_OK) else Path("work_dirs/random.gguf").absolute()
     kind = "bf16" if options.dtype == "bfloat16" else "f32"
-    file = file.with_name(f"random-{kind}.gguf")
+    file = Path("work_dirs", f"{Path(directory).name}-{kind}.gguf").absolute()
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         writer = [options.llama_python, str(HERE / "llama_weights.py"), str(Path(directory) / "config.json"), str(file), kind]
         subprocess.run(writer, check=True, stdout=subprocess.DEVNULL)
     with socket.socket() as free:
@@ -193,6 +192,7 @@ def llama(directory, options):
 
     threads = str(options.threads or len(os.sched_getaffinity(0)))
     flags = ["--model", str(file), "--port", str(port), "--n_ctx", "4096", "--n_threads", threads, "--chat_format", "chatml"]
+    flags += ["--interrupt_requests", "false"]  # else a new request ends the one that is answered
     return started([options.llama_python, "-m", "llama_cpp.server", *flags], ready)
 
 
@@ -278,7 +278,8 @@ def main():
             run(f"paddlemix, {options.pictures:.0%} with pictures", url, mixed, {"ignore_eos": True})
     if options.llama_python:
         with llama(directory, options) as url:
-            run("llama.cpp, texts", url, text, {})
+            end = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))["llm_config"]["vocab_size"] - 1
+            run("llama.cpp, texts", url, text, {"logit_bias": {str(end): -100}})  # as long answers as ours
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"# Serving: {options.model}, {options.dtype}", "", f"{machine.cpu_name()}; commit {machine.commit()}."]
