@@ -37,9 +37,9 @@ def installed(tmp_path_factory):
         assert done.returncode == code, done.stderr
         return done.stdout or done.stderr
 
-    subprocess.run([python, *pip[1:], "install", wheel], check=True, timeout=1200)
+    subprocess.run([python, *pip[1:], "install", wheel], check=True, timeout=1200, env=environment)
     run.without_paddle = [run("chat", code=1), run("doctor", code=1), run("--help")]
-    subprocess.run([python, *pip[1:], "install", f"{wheel}[cpu]"], check=True, timeout=1200)
+    subprocess.run([python, *pip[1:], "install", f"{wheel}[cpu]"], check=True, timeout=1200, env=environment)
     run.folder = empty
     return run
 
