@@ -67,7 +67,7 @@ $(STAMP): requirements.txt requirements-dev.txt pyproject.toml
 	@touch $@
 
 # As many processes as there are cores, but not more than the memory of a small machine holds.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 OTHERS := not slow and not soak and not npu
 
 test: install

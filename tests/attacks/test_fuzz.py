@@ -196,6 +196,7 @@ pieces = st.sampled_from(
 ).map(lambda piece: " " + piece.replace("~", " ") + " ")
 
 
+@pytest.mark.slow
 @pytest.mark.medium
 @settings(max_examples=40, deadline=None)  # a process each
 @given(st.one_of(st.lists(pieces, max_size=12).map("".join), st.text(max_size=30)))

@@ -55,6 +55,7 @@ def test_disk_full_for_the_answer():
         assert "disk is full" in sentence(ask(stdout=full))
 
 
+@pytest.mark.slow  # kernels are built without a cache
 def test_no_home_and_assertions_off():
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     optimised = [sys.executable, "-O", *QUESTION[1:]]

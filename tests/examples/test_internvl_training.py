@@ -91,7 +91,10 @@ def test_a_linear_head_finds_shapes(tmp_path):
     assert score(tmp_path / "out")["mIoU"] > 0.6
 
 
-@pytest.mark.parametrize("head, more", [("linear", []), ("upernet", []), ("full", []), ("linear", ["--tune_tower"])])
+FURTHER = [("upernet", []), ("full", []), ("linear", ["--tune_tower"])]
+
+
+@pytest.mark.parametrize("head, more", [("linear", []), *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER)])
 def test_segmentation_runs_on_few_pictures(tmp_path, head, more):
     segments(tmp_path, "training", 2, 0)
     segments(tmp_path, "validation", 1, 1)

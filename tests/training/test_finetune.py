@@ -86,7 +86,10 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("mode", MODES)
+QUICK = ("plain", "bfloat16")
+
+
+@pytest.mark.parametrize("mode", [mode if mode in QUICK else pytest.param(mode, marks=pytest.mark.slow) for mode in MODES])
 def test_a_run_interrupted_by_sigterm_goes_on_as_if_it_had_not_been(tmp_path, mode, stop_after):
     run(tmp_path, *MODES[mode], output="whole")
     stop_after(3)

@@ -103,8 +103,8 @@ def test_positions_of_the_tower_learn_where_that_is_asked_for(tmp_path):
     "more",
     [
         pytest.param(["--tune_mm_mlp_adapter", "True"], marks=pytest.mark.slow),
-        ["--lora_enable", "True", "--lora_r", "2"],
-        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--lora_enable", "True", "--lora_r", "2"], marks=pytest.mark.slow),
+        [],
     ],
 )
 def test_a_run_goes_on_from_its_checkpoint(more, tmp_path):

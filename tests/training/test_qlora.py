@@ -48,6 +48,7 @@ def test_what_is_saved_is_the_start_with_adapters_that_learned(tmp_path, more, d
     assert all(answers)
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_a_start_that_was_rounded(tmp_path):
     """Plain LoRA on a checkpoint whose weights under adapters were rounded and stored in float32."""
     model = InternVLChatModel.from_pretrained(
@@ -105,7 +106,8 @@ def test_parts_are_put_together_first(tmp_path):
         parse(given[:at] + given[at + 2 :])
 
 
-@pytest.mark.parametrize("bits", [pytest.param("8", marks=pytest.mark.slow), "4"])
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["8", "4"])
 def test_llava_with_bits(tmp_path, bits):
     lora = ["--lora_enable", "True", "--lora_r", "4", "--lora_dropout", "0", "--bits", bits, "--double_quant", "True"]
     saved = ["--save_strategy", "steps", "--save_steps", "2"]

@@ -152,8 +152,10 @@ def test_greedy_is_what_generate_gives(alone):
         assert got.numpy()[0].tolist()[: len(greedy)] == greedy
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize("chunk, max_seqs, positions", [(512, 16, 8192), (16, 16, 8192), (32, 3, 8192), (64, 16, 0)])
+@pytest.mark.parametrize(
+    "chunk, max_seqs, positions, at_once",
+    [(512, 16, 8192, False), (512, 16, 8192, True), (16, 16, 8192, False), (32, 3, 8192, True), (64, 16, 0, False)],
+)
 def test_in_company_as_alone(alone, chunk, max_seqs, positions, at_once):
     reference, options, found = alone
     longest = 1 + max(make(Loop(reference.model, reference.tokenizer, 2048), reference, n).prompt for n in range(5)) + 12

@@ -158,6 +158,7 @@ def test_training_samples_have_the_training_tiles(bound):
     assert (sample["input_ids"] == context).sum() == len(expected) * EXPECTED["num_image_token"]
 
 
+@pytest.mark.slow
 def test_command_answers_with_and_without_compression():
     import subprocess
     import sys
