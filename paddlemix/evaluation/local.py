@@ -1,12 +1,12 @@
 """Models on this machine that answer questions: InternVL's many at a time, others in batches."""
 
 import functools
-from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
 
 from paddlemix.errors import ConfigError, DataError, UserError
 from paddlemix.files import read_json
+from paddlemix.processors.kept import Kept
 
 from .media import tiles
 from .scorers.open_answers import final_answer
@@ -107,7 +107,7 @@ class LocalModel:
 
     def __init__(self, model, tokenizer, settings, memory=None):
         self.model, self.tokenizer, self.settings, self._memory = model, tokenizer, settings, memory
-        self._read = OrderedDict()  # tiles of the last pictures: other questions are often about the same
+        self._read = Kept(8)  # tiles of the last pictures: other questions are often about the same
 
     def batch_size(self, task):
         """Questions at once: what the memory for them holds, ``MOST`` at most."""
@@ -144,9 +144,7 @@ class LocalModel:
                 found = self._tiles(question, task)
                 found = *found, digested(found[0], found[1])
                 if key is not None:
-                    self._read[key] = found
-                    while len(self._read) > 8:
-                        self._read.popitem(last=False)
+                    self._read.put(key, found, 1)
             pixels, counts, marks, compress, pictures = found
             prompt = marks + question.prompt
             return question, pixels, counts, COT.format(prompt) if self.settings.cot else prompt, pictures, compress

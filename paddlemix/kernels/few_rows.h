@@ -13,6 +13,15 @@ constexpr int64_t kFewRows = 64;  // more are work enough for oneDNN
 constexpr int64_t kFewRows = 0;  // which has vectors where this has none
 #endif
 
+// y [R, width] += x [R, inputs] @ w [inputs, width], where there is no whole vector.
+template <int R>
+inline void add_scalars(int64_t inputs, const float* x, int64_t k, const float* w, int64_t n, int64_t width, float* y,
+                        int64_t stride) {
+  for (int r = 0; r < R; ++r)
+    for (int64_t c = 0; c < width; ++c)
+      for (int64_t i = 0; i < inputs; ++i) y[r * stride + c] = std::fma(x[r * k + i], w[i * n + c], y[r * stride + c]);
+}
+
 // y [R, count] += x [R, K] @ w [K, count], for one or two rows: what is read of the weights is all that counts, so that each row of
 // them is read in one go, and what comes next of it fetched.
 template <int R, int K>
@@ -34,9 +43,7 @@ inline void add_inputs(const float* x, int64_t k, const float* w, int64_t n, int
     for (int r = 0; r < R; ++r) _mm256_storeu_ps(y + r * count + c, sums[r]);
   }
 #endif
-  for (; c < count; ++c)
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < K; ++i) y[r * count + c] = std::fma(x[r * k + i], w[i * n + c], y[r * count + c]);
+  add_scalars<R>(K, x, k, w + c, n, count - c, y + c, count);
 }
 
 template <int R>
@@ -47,11 +54,13 @@ void add_rows(const float* x, int64_t k, const float* w, int64_t n, int64_t coun
   for (; i < k; ++i) add_inputs<R, 1>(x + i, k, w + i * n, n, count, y);
 }
 
-constexpr int64_t kInputs = 16, kColumns = 16, kTogether = 6;  // of a tile: weights in the first-level cache, sums in registers
+constexpr int64_t kInputs = 16, kColumns = 16;  // of a tile: weights in the first-level cache, sums in registers
+constexpr int kTogether = 6;  // rows of a tile at most
 
 // y [R, width] += x [R, inputs] @ w [inputs, width], for width up to kColumns.
 template <int R>
-inline void add_tile(int64_t inputs, const float* x, int64_t k, const float* w, int64_t n, int64_t width, float* y, int64_t stride) {
+inline void add_tile(int64_t inputs, const float* x, int64_t k, const float* w, int64_t n, int64_t width, float* y,
+                     int64_t stride) {
 #ifdef PADDLEMIX_VECTORS
   if (width == kColumns) {
     __m256 sums[R][2];
@@ -73,9 +82,7 @@ inline void add_tile(int64_t inputs, const float* x, int64_t k, const float* w, 
     return;
   }
 #endif
-  for (int r = 0; r < R; ++r)
-    for (int64_t c = 0; c < width; ++c)
-      for (int64_t i = 0; i < inputs; ++i) y[r * stride + c] = std::fma(x[r * k + i], w[i * n + c], y[r * stride + c]);
+  add_scalars<R>(inputs, x, k, w, n, width, y, stride);
 }
 
 // y [m, count] += x [m, k] @ w [k, count], tile by tile, the weights of the next inputs being fetched.
@@ -95,7 +102,7 @@ void add_tiles(int64_t m, int64_t k, const float* x, const float* w, int64_t n, 
         add_tile<R>(inputs, x + r * k + i, k, from, n, width, y + r * count + c, count);
         r += R;
       };
-      while (r + kTogether <= m) some(std::integral_constant<int, 6>());
+      while (r + kTogether <= m) some(std::integral_constant<int, kTogether>());
       switch (m - r) {
         case 5: some(std::integral_constant<int, 5>()); break;
         case 4: some(std::integral_constant<int, 4>()); break;

@@ -10,12 +10,12 @@ import stat
 import tempfile
 import threading
 import urllib.parse
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
 from paddlemix.errors import ImageError, VideoError
+from paddlemix.processors.kept import Kept
 from paddlemix.processors.media import NotFetched, fetch_allowed
 
 from .protocol import RequestError
@@ -38,31 +38,6 @@ class MediaRules:
     timeout: float = 10
     max_bytes: int = 32 << 20
     max_num: int | None = None
-
-
-class Kept:
-    """Values by key, the longest unused of which go where they would take more than ``room`` bytes."""
-
-    def __init__(self, room):
-        self._room, self._values = room, OrderedDict()
-
-    def get(self, key):
-        """The value of a key, or None."""
-        if key not in self._values:
-            return None
-        self._values.move_to_end(key)
-        return self._values[key][0]
-
-    def put(self, key, value, size):
-        """Keep a value of so many bytes."""
-        before = self._values.pop(key, (None, 0))
-        self._room += before[1]
-        if size > self._room + sum(kept for _, kept in self._values.values()):
-            return
-        while size > self._room:
-            self._room += self._values.popitem(last=False)[1][1]
-        self._values[key] = value, size
-        self._room -= size
 
 
 class Media:

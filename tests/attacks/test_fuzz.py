@@ -197,7 +197,6 @@ pieces = st.sampled_from(
 
 
 @pytest.mark.slow
-@pytest.mark.medium
 @settings(max_examples=40, deadline=None)  # a process each
 @given(st.one_of(st.lists(pieces, max_size=12).map("".join), st.text(max_size=30)))
 @example("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")

@@ -193,22 +193,17 @@ class Loop:
         self._turn += 1
         prompts = self._prompts_are_due(plan)
         chunks = self.scheduler.chunks(self.tower.has) if prompts else []
-        beside = bool(chunks) and chunks[0][1] <= self.stepper.short
-        if beside:
-            events += self._advance([(job, 1) for job in plan.decode] + chunks, self.stepper.alone)
-        elif plan.decode:
-            events += self._advance([(job, 1) for job in plan.decode], self._decode)
-        if chunks and not beside:
-            events += self._advance(chunks, self.stepper.prefill)
+        along = chunks if self._are_short(chunks) else []
+        if plan.decode or along:
+            events += self._advance([(job, 1) for job in plan.decode] + along, answers=True)
+        if chunks and not along:
+            events += self._advance(chunks)
         if self.at_once and prompts:
             while more := self.scheduler.chunks(self.tower.has):
-                events += self._advance(more, self.stepper.alone if more[0][1] <= self.stepper.short else self.stepper.prefill)
+                events += self._advance(more)
         elif not chunks and self.tower.is_busy:
             self.tower.slice()
         return events
-
-    def _decode(self, pieces):
-        return self.stepper.decode([job for job, *_ in pieces])
 
     def _prompts_are_due(self, plan):
         """Whether prompts are computed in this turn."""
@@ -267,9 +262,18 @@ class Loop:
         self._fit(job)
         job.variant = job.variant if job.compress is None else None
 
-    def _advance(self, chunks, compute):
-        """Compute the next tokens, (job, number) each, and choose what follows where they are the last."""
-        logits = compute([(job, count, self.tower.features(job, count)) for job, count in chunks])
+    def _are_short(self, chunks):
+        return bool(chunks) and max(count for _, count in chunks) <= self.stepper.short
+
+    def _advance(self, chunks, answers=False):
+        """Compute next tokens, (job, number) each, of prompts or ``answers``; choose what follows where they are the last."""
+        pieces = [(job, count, self.tower.features(job, count)) for job, count in chunks]
+        if self._are_short(chunks):
+            logits = self.stepper.alone(pieces)
+        elif answers:
+            logits = self.stepper.decode([job for job, _ in chunks])
+        else:
+            logits = self.stepper.prefill(pieces)
         done = []
         for row, (job, count) in enumerate(chunks):
             self.scheduler.advanced(job, count)
