@@ -99,7 +99,7 @@ def test_chat_commands(npu, command, flags):
 
 
 def test_chat_over_two_devices(npu):
-    """Every layer divided over two, by the command, and each of the reference's chats in one launch."""
+    """Every layer divided over two, by the command, and each of the reference's chats, streams and its batch in one launch."""
     flags = ["--image_path", IMAGES / "scene_1.png", "--text", "Please describe this picture.", "--dtype", "float32"]
     over = ["--device", "npu", "--tensor_parallel", "2"]
     answers = [run([COMMANDS / "chat_demo.py", *flags, *more], npu)[0] for more in (over, ["--device", "cpu"])]
@@ -110,6 +110,9 @@ def test_chat_over_two_devices(npu):
         original = json.loads((REFERENCE / family / "expected.json").read_text(encoding="utf-8"))
         assert found["places"] == ["Place(npu:0)"]
         assert found["tokens"] == [chat["output_ids"] for chat in original["chats"]], family
+        assert ["".join(pieces).strip() for pieces in found["streams"]] == [chat["response"] for chat in original["chats"]]
+        assert all(len(pieces) > 1 for pieces in found["streams"])
+        assert [answer.strip() for answer in found["batch"]] == original["batch_chat"]["responses"]
 
 
 TRAIN = COMMANDS / "shell" / "internvl2.0" / "2nd_finetune" / "internvl2_1b_qwen2_0_5b_dynamic_res_2nd_finetune_full.sh"
@@ -157,7 +160,10 @@ def test_fine_tuning_by_the_scripts(npu, cpu_training, tmp_path_factory, gpus, s
         assert np.abs(weights[name] - value).max() < 1e-4, name
 
 
-STEPS = {"tp2": CASES["tp2"], "stage1": (2, 1, "--per_device_train_batch_size 1 --sharding stage1", "", 1e-4)}
+STEPS = {case: CASES[case] for case in ("tp2", "lora", "packing", "recompute with the tower", "experts")}
+STEPS |= {
+    stage: (2, 1, f"--per_device_train_batch_size 1 --sharding {stage}", "", 1e-4) for stage in ("stage1", "stage2", "stage3")
+}
 
 
 @pytest.mark.parametrize("case", STEPS)
