@@ -297,3 +297,30 @@ def test_forms_that_are_none(spec):
     reference = load_reference("qwen2")
     with pytest.raises(PromptError):
         reference.model.chat(reference.tokenizer, None, "Hi", {"form": spec})
+
+
+def test_answers_about_pictures_wait_for_each_other_and_nobody_else_does(alone, monkeypatch):
+    """While a picture and its prompt are computed; with pauses that never end by themselves."""
+    reference, _, found = alone
+    monkeypatch.setattr("paddlemix.models.blocks.decoding.loop.HELD_BACK", 1e9)
+    monkeypatch.setattr("paddlemix.models.blocks.decoding.loop.LONGEST_PAUSE", 1e9)
+    loop = Loop(reference.model, reference.tokenizer, 8192, chunk=16)
+    first, second, text = (make(loop, reference, n) for n in (1, 2, 0))
+    loop.add(first)
+    while len(first.answer) < 2:
+        loop.step()
+    loop.add(second)
+    loop.step()
+    said = len(first.answer)
+    for _ in range(4):
+        loop.step()
+    assert second.prompt - second.computed > 64 and len(first.answer) == said < 5
+    loop.add(text)
+    while not text.ended:
+        before = len(text.answer), len(first.answer)
+        loop.step()
+        if before[0]:  # it goes on at every turn, and takes the other along
+            assert len(text.answer) == before[0] + 1 or text.ended
+            assert len(first.answer) == before[1] + 1 or first.ended
+    run(loop, [])
+    assert [first.answer, second.answer, text.answer] == [found[n][0] for n in (1, 2, 0)]

@@ -4,6 +4,7 @@ One thread owns a loop. :func:`~..chat.batch_chat` turns it until all is answere
 """
 
 import math
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ from .tower import Tower
 __all__ = ["Event", "Job", "Loop"]
 
 PATIENCE = 4  # turns that a prompt waits for others at most, where pauses do not matter
+HELD_BACK, LONGEST_PAUSE = 20, 1.0  # see Loop._waits_for_company: times the last step, and seconds
 
 
 @dataclass(eq=False)
@@ -115,6 +117,7 @@ class Loop:
         self.tower = Tower(model, image_cache, vision_adapters)
         self.longest = min(longest or self.positions, model.config.llm_config.context_length, self.positions)
         self._turn, self._patience, self.at_once = 0, 0, at_once
+        self._pause_ends = 0.0
         self._unsettled = deque()  # jobs that do not know yet which of their tiles are compact
 
     @property
@@ -194,8 +197,11 @@ class Loop:
         prompts = self._prompts_are_due(plan)
         chunks = self.scheduler.chunks(self.tower.has) if prompts else []
         along = chunks if self._are_short(chunks) else []
-        if plan.decode or along:
+        if along or (plan.decode and not self._waits_for_company(plan.decode)):
+            began = time.perf_counter()
             events += self._advance([(job, 1) for job in plan.decode] + along, answers=True)
+            now = time.perf_counter()
+            self._pause_ends = now + min(HELD_BACK * (now - began), LONGEST_PAUSE)
         if chunks and not along:
             events += self._advance(chunks)
         if self.at_once and prompts:
@@ -204,6 +210,15 @@ class Loop:
         elif not chunks and self.tower.is_busy:
             self.tower.slice()
         return events
+
+    def _waits_for_company(self, answering):
+        """Whether answers pause, since more about pictures are to come: rows of a step cost little more than one, and a picture
+        takes so long that each answer would be over before the next begins. Who asked about text alone waits for no picture.
+        """
+        if self.at_once or time.perf_counter() >= self._pause_ends or not all(job.pictures for job in answering):
+            return False
+        left = (job.prompt - job.computed for job in self.scheduler.running if job.pictures)
+        return self.tower.is_busy or max(left) > self.stepper.short
 
     def _prompts_are_due(self, plan):
         """Whether prompts are computed in this turn."""
