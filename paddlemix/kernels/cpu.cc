@@ -6,6 +6,7 @@
 // outside, bfloat16 or float32 inside.
 
 #include "common.h"
+#include "few_pairs.h"
 #include "few_rows.h"
 
 namespace {
@@ -19,6 +20,7 @@ struct Linear {
   float* bias = nullptr;
   size_t mapped = 0;   // bytes at data that are this layer's own
   bool plain = false;  // whether they lie row by row
+  bool pairs = false;  // whether they lie as few_pairs.h tells
   ~Linear() {
     if (md) dnnl_memory_desc_destroy(md);
     if (mapped) munmap(data, mapped);
@@ -51,6 +53,11 @@ void apply(const Linear& linear, int64_t m, const void* src, int activation, con
 // The same for a few rows each of which is summed up alone, where there is a kernel for the layout that oneDNN prefers.
 void apply_few(const Linear& linear, int64_t m, const void* src, int activation, const void* mul, const float* add, void* dst,
                int dst_type) {
+#ifdef PADDLEMIX_PAIRS
+  if (linear.pairs && m <= kFewRows)
+    return multiply_pairs(m, linear.k, linear.n, static_cast<const bf16*>(src), static_cast<const bf16*>(linear.data), linear.bias,
+                          activation, static_cast<const bf16*>(mul), add, dst, dst_type);
+#endif
   if (!linear.plain || m > kFewRows) return apply(linear, m, src, activation, mul, add, dst, dst_type);
   multiply_few(m, linear.k, linear.n, static_cast<const float*>(src), static_cast<const float*>(linear.data), linear.bias,
                activation, static_cast<const float*>(mul), add, static_cast<float*>(dst));
@@ -244,41 +251,22 @@ const char* linear_create(int threads, const void* weight, int weight_type, int6
   return guarded(threads, [&] {
     Linear* linear = new Linear{k, n, dtype};
     *result = linear;
-    int64_t rows = kChunk, src_dims[] = {rows, k}, dims[] = {k, n}, dst_dims[] = {rows, n};
-    void *src, *any, *dst, *pd, *attr, *reorder, *from, *to;
-    check(dnnl_memory_desc_create_with_tag(&any, 2, dims, dtype, kAnyTag), "memory descriptor");
-    src = strided(src_dims[0], src_dims[1], dtype, k);
-    dst = strided(dst_dims[0], dst_dims[1], kF32, n);
-    check(dnnl_primitive_attr_create(&attr), "attributes");
-    check(dnnl_matmul_primitive_desc_create(&pd, engine(), src, any, nullptr, dst, attr), "matmul");
-    const char* info;
-    check(dnnl_primitive_desc_query(pd, kQueryImplInfo, 0, &info), "query");
-    std::strncpy(implementation, info, 63);
-    check(dnnl_memory_desc_clone(&linear->md, dnnl_primitive_desc_query_md(pd, kQueryWeights, 0)), "clone");
-    dnnl_primitive_desc_destroy(pd);
-    dnnl_memory_desc_destroy(any), dnnl_memory_desc_destroy(src), dnnl_memory_desc_destroy(dst);
-
+    linear->md = preferred_layout(k, n, dtype, implementation);
     void* row_by_row = strided(k, n, kF32, n);
     linear->plain = dnnl_memory_desc_equal(linear->md, row_by_row);
     dnnl_memory_desc_destroy(row_by_row);
+    linear->pairs = in_pairs(linear->md, k, n, dtype);
     const size_t size = dnnl_memory_desc_get_size(linear->md);
     if (bias) linear->bias = static_cast<float*>(std::memcpy(new float[n], bias, n * sizeof(float)));
     if (packed) {
-      dnnl_primitive_attr_destroy(attr);
       if (size_t(packed) != size) throw std::runtime_error("packed weights of another size");
       linear->data = const_cast<void*>(weight);
       return;
     }
     linear->allocate(size);
-    src = strided(k, n, weight_type, row_stride, column_stride);
-    check(dnnl_reorder_primitive_desc_create(&pd, src, engine(), linear->md, engine(), attr), "reorder");
-    check(dnnl_primitive_create(&reorder, pd), "reorder");
-    check(dnnl_memory_create(&from, src, engine(), const_cast<void*>(weight)), "memory");
-    check(dnnl_memory_create(&to, linear->md, engine(), linear->data), "memory");
-    dnnl_exec_arg args[] = {{kArgSrc, from}, {kArgDst, to}};
-    check(dnnl_primitive_execute(reorder, stream(), 2, args), "reorder");
-    dnnl_memory_destroy(from), dnnl_memory_destroy(to), dnnl_memory_desc_destroy(src);
-    dnnl_primitive_destroy(reorder), dnnl_primitive_desc_destroy(pd), dnnl_primitive_attr_destroy(attr);
+    void* given = strided(k, n, weight_type, row_stride, column_stride);
+    reorder(given, weight, linear->md, linear->data);
+    dnnl_memory_desc_destroy(given);
   });
 }
 
@@ -301,7 +289,7 @@ const char* linear_few_run(int threads, const Linear* linear, const float* x, in
   return run_linear(threads, linear, x, m, {norm_weight, norm_bias, eps}, activation, residual, out, apply_few);
 }
 
-int linear_few(const Linear* linear) { return linear->plain && kFewRows; }
+int linear_few(const Linear* linear) { return (linear->plain || linear->pairs) && kFewRows; }
 
 const char* mlp_run(int threads, const Linear* gate, const Linear* up, const Linear* down, const float* x, int64_t m,
                     const float* norm_weight, const float* norm_bias, float eps, int activation, const float* residual,
