@@ -131,7 +131,7 @@ $(VENV)/openvino/.installed:
 $(VENV)/bench/.installed:
 	$(PYTHON) -m venv $(VENV)/bench
 	$(VENV)/bench/bin/pip install --disable-pip-version-check -q torch==2.13.0 $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(VENV)/bench/bin/pip install --disable-pip-version-check -q 'transformers>=4.57,<5'
+	$(VENV)/bench/bin/pip install --disable-pip-version-check -q -r requirements.txt 'transformers>=4.57,<5'
 	@touch $@
 
 $(VENV)/llama/.installed:

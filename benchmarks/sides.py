@@ -31,7 +31,7 @@ from paddlemix.models.internvl2.checkpoint import weight_table
 
 HERE = Path(__file__).resolve().parent
 MODELS = {"demo": HERE.parent / "paddlemix" / "demo_model", "1b": HERE / "internvl2-1b"}
-INSTALL = "make bench-torch, or pip install torch==2.13.0 'transformers>=4.57,<5'"
+INSTALL = "make bench-torch, or pip install torch==2.13.0 'transformers>=4.57,<5' beside requirements.txt"
 
 
 def checkpoint_directory(name, layers=None):

@@ -36,7 +36,9 @@ __all__ = [
 ]  # fmt: skip
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "quantised.cc", "decoder.cc")]
-HEADERS = [Path(__file__).with_name(name) for name in ("common.h", "few_pairs.h", "few_rows.h", "rounded.h")]
+HEADERS = [
+    Path(__file__).with_name(name) for name in ("common.h", "few_pairs.h", "few_rows.h", "panels.h", "rounded.h", "tile.h")
+]
 FLAGS = "-std=c++17 -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
 # PADDLEMIX_CPU=avx2 leaves out what newer processors have, to see what older ones would do.
 AVX2_ONLY = os.environ.get("PADDLEMIX_CPU", "").lower() == "avx2"

@@ -7,8 +7,9 @@
 #include <vector>
 
 #include "common.h"
+#include "tile.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BF16__)
+#if defined(PADDLEMIX_TILE) && defined(__AVX512BF16__)
 #define PADDLEMIX_PAIRS
 #endif
 
@@ -92,51 +93,51 @@ bool in_pairs(const void* layout, int64_t k, int64_t n, int dtype) {
 }
 
 #ifdef PADDLEMIX_PAIRS
-// x [R, k] @ a panel of weights -> y [R, 64]; what comes next of the weights is fetched the first time.
+constexpr int64_t kFetched = 4096;  // bytes of weights that are fetched before they are needed
+
+// x [R, k] @ a panel of weights -> y [R, 64], for one or two rows.
 template <int R>
-inline void add_pairs(int64_t k, const bf16* x, const bf16* w, bool fetch, float* y) {
-  __m512 sums[R][4];
-#pragma GCC unroll 6
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < k; i += 2, w += 2 * kPanelOutputs) {
-    __m512bh weights[4];
+inline void add_pairs(int64_t k, const bf16* x, const bf16* w, float* y) {
+  __m512 sums[R][4] = {};
+  for (int64_t i = 0; i < k; i += 2, w += 2 * kPanelOutputs)
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j) {
-      if (fetch) _mm_prefetch(reinterpret_cast<const char*>(w + 32 * j) + 4096, _MM_HINT_T0);
-      weights[j] = (__m512bh)_mm512_loadu_si512(w + 32 * j);
+      _mm_prefetch(reinterpret_cast<const char*>(w + 32 * j) + kFetched, _MM_HINT_T0);
+      const __m512bh weights = (__m512bh)_mm512_loadu_si512(w + 32 * j);
+      for (int r = 0; r < R; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, x + r * k + i, sizeof pair);
+        sums[r][j] = _mm512_dpbf16_ps(sums[r][j], (__m512bh)_mm512_set1_epi32(pair), weights);
+      }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, x + r * k + i, sizeof pair);
-      const __m512bh factor = (__m512bh)_mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) sums[r][j] = _mm512_dpbf16_ps(sums[r][j], factor, weights[j]);
-    }
-  }
-#pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < 4; ++j) _mm512_storeu_ps(y + r * kPanelOutputs + 16 * j, sums[r][j]);
+}
+
+// The same for up to six rows; what comes next of the weights is fetched the first time.
+inline void add_tile_of_pairs(int64_t k, const bf16* x, int64_t rows, const bf16* w, bool fetch, float* y) {
+  const TileRows values = tile_rows(x, k * sizeof(bf16), rows);
+  if (fetch)
+    PADDLEMIX_MULTIPLY_TILE("vdpbf16ps", PADDLEMIX_CLEAR,
+                            "prefetcht0 4096(%[w])\nprefetcht0 4160(%[w])\nprefetcht0 4224(%[w])\nprefetcht0 4288(%[w])\n",
+                            PADDLEMIX_EACH_ROW(PADDLEMIX_STORE, ""), values, w, 1, k / 2, nullptr, nullptr, y);
+  else
+    PADDLEMIX_MULTIPLY_TILE("vdpbf16ps", PADDLEMIX_CLEAR, "", PADDLEMIX_EACH_ROW(PADDLEMIX_STORE, ""), values, w, 1, k / 2, nullptr,
+                            nullptr, y);
 }
 
 // out [m, n] = act(x [m, k] @ w + bias) * mul + add, as Product, for w in pairs.
 void multiply_pairs(int64_t m, int64_t k, int64_t n, const bf16* x, const bf16* w, const float* bias, int activation,
                     const bf16* mul, const float* add, void* out, int out_type) {
-  constexpr int kTogether = 6;  // rows whose sums fit the registers
   for_tasks((n + kPanelOutputs - 1) / kPanelOutputs, m * k * n > 1 << 16, [&](int64_t task) {
     const int64_t first = task * kPanelOutputs, count = std::min(kPanelOutputs, n - first);
     const bf16* panel = w + first * round_up(k, kPanelInputs);
-    alignas(64) float sums[kTogether * kPanelOutputs];
+    alignas(64) float sums[kTileRows * kPanelOutputs];
     for (int64_t row = 0, rows; row < m; row += rows) {
-      rows = std::min<int64_t>(kTogether, m - row);
-      auto run = rows == 6   ? add_pairs<6>
-                 : rows == 5 ? add_pairs<5>
-                 : rows == 4 ? add_pairs<4>
-                 : rows == 3 ? add_pairs<3>
-                 : rows == 2 ? add_pairs<2>
-                             : add_pairs<1>;
-      run(k, x + row * k, panel, row == 0, sums);
+      rows = std::min<int64_t>(kTileRows, m - row);
+      if (rows == 1) add_pairs<1>(k, x + row * k, panel, sums);
+      else if (rows == 2) add_pairs<2>(k, x + row * k, panel, sums);
+      else add_tile_of_pairs(k, x + row * k, rows, panel, row == 0, sums);
       for (int64_t r = 0; r < rows; ++r) {
         float* y = sums + r * kPanelOutputs;
         const int64_t at = (row + r) * n + first;

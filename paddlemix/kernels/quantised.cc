@@ -5,9 +5,15 @@
 // multiplied as whole numbers (rounded.h), so that reading the weights is what takes the time. Many rows (a prompt, pictures) go
 // through oneDNN, with weights unpacked a panel at a time. Where activations are to have 8 bits, all rows do as few ones do.
 
-#include "rounded.h"
+#include "panels.h"
 
 namespace {
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#define PADDLEMIX_WIDE
+inline void put(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
+inline void put(bf16* to, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x)); }
+#endif
 
 constexpr int64_t kFewRows = 32;    // up to these, rows go through the kernel here, else through oneDNN
 constexpr int64_t kStrip = 16;      // outputs that a thread computes at a time
@@ -25,19 +31,25 @@ void for_strips(int64_t n, F body) {
 template <class F>
 void for_tiles(int64_t m, int64_t n, F body) {
   if (m <= kFewRows) return for_strips(n, [&](int64_t first, int64_t last) { body(0, m, first, last); });
-  const int64_t across = (n + kOutputs - 1) / kOutputs, tasks = (m + kRows - 1) / kRows * across;
+  const int64_t rows = kPanels ? m : kRows, outputs = kPanels ? kPanelOutputs : kOutputs;
+  const int64_t across = (n + outputs - 1) / outputs, tasks = (m + rows - 1) / rows * across;
   for_tasks(tasks, true, [&](int64_t task) {
-    const int64_t begin = task / across * kRows, first = task % across * kOutputs;
-    body(begin, std::min(begin + kRows, m), first, std::min(first + kOutputs, n));
+    const int64_t begin = task / across * rows, first = task % across * outputs;
+    body(begin, std::min(begin + rows, m), first, std::min(first + outputs, n));
   });
 }
 
+bool in_panels(int64_t m) { return kPanels && m > kFewRows; }
+
+void outputs(const Quantised& w, const Rounded& x, int64_t m, int64_t begin, int64_t end, int64_t first, int64_t last, float* out) {
+  if (in_panels(m)) panel_of(w, x, begin, end, first, last, out + first, w.n);
+  else outputs_of(w, x, begin, end, first, last, out, w.n);
+}
+
 // out = activation(x @ w + bias) + add of rounded rows, in float32.
-void few(const Quantised& w, const float* x, int64_t m, int activation, const float* add, float* out) {
-  thread_local Scratch values, numbers;
-  Rounded rounded = round_rows(w, x, m, values, numbers);
+void multiply_rounded(const Quantised& w, const Rounded& x, int64_t m, int activation, const float* add, float* out) {
   for_tiles(m, w.n, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    outputs_of(w, rounded, begin, end, first, last, out, w.n);
+    outputs(w, x, m, begin, end, first, last, out);
     for (int64_t row = begin; row < end; ++row) {
       float* y = out + row * w.n;
       activate(y + first, last - first, activation);
@@ -47,33 +59,83 @@ void few(const Quantised& w, const float* x, int64_t m, int activation, const fl
   });
 }
 
+// What goes into `down`, hidden[row * stride]: act(gate) * up, or without a gate act(up), in place.
+void combine(float* gate, float* up, int64_t begin, int64_t end, int64_t stride, int64_t count, int activation) {
+  for (int64_t row = begin; row < end; ++row) {
+    float* y = up + row * stride;
+    activate(gate ? gate + row * stride : y, count, activation);
+    if (gate)
+#pragma omp simd
+      for (int64_t n = 0; n < count; ++n) y[n] *= gate[row * stride + n];
+  }
+}
+
 // out = act(x @ gate) * (x @ up) @ down + residual of rounded rows; without a gate act(x @ up) @ down + residual.
-void few_mlp(const Quantised* gate, const Quantised& up, const Quantised& down, const float* x, int64_t m, int activation,
-             const float* residual, float* out) {
-  thread_local Scratch gates, hidden, values, numbers, gate_values, gate_numbers;
-  const Rounded rounded = round_rows(up, x, m, values, numbers);
+void rounded_mlp(const Quantised* gate, const Quantised& up, const Quantised& down, const float* x, int64_t m, const Norm& norm,
+                 int activation, const float* residual, float* out) {
+  thread_local Scratch gates, hidden, values, numbers, gate_values, gate_numbers, down_values, down_numbers;
+  const bool panels = in_panels(m);
+  const Rounded rounded = round_rows(up, x, m, norm, panels, values, numbers);
   // The gate's inputs are the same, but may come in another order, in other groups, or for codes of other bits.
   const bool same = !gate || (gate->group == up.group && gate->bits == up.bits && gate->bytes() == up.bytes() && !gate->order &&
                               !up.order);
-  const Rounded for_gate = same ? rounded : round_rows(*gate, x, m, gate_values, gate_numbers);
+  const Rounded for_gate = same ? rounded : round_rows(*gate, x, m, norm, panels, gate_values, gate_numbers);
+  if (panels && down.bytes() && !down.order && up.n == down.k) {
+    // What comes out of some outputs is rounded at once, before it leaves the cache.
+    const Rounded next = rounded_room(down, m, true, down_values, down_numbers);
+    const int64_t width = std::max(kPanelOutputs, down.group), tasks = (down.padded + width - 1) / width;
+    for_tasks(tasks, true, [&](int64_t task) {
+      thread_local Scratch up_room, gate_room;
+      const int64_t first = task * width, last = std::min(first + width, down.padded);
+      float *y = up_room.get<float>(m * width), *g = gate ? gate_room.get<float>(m * width) : nullptr;
+      if (last > up.n) std::fill(y, y + m * width, 0.f);
+      for (int64_t at = first; at < std::min(last, up.n); at += kPanelOutputs) {
+        const int64_t end = std::min(at + kPanelOutputs, up.n);
+        panel_of(up, rounded, 0, m, at, end, y + at - first, width);
+        if (!gate) continue;
+        panel_of(*gate, for_gate, 0, m, at, end, g + at - first, width);
+      }
+      combine(g, y, 0, m, width, std::min(last, up.n) - first, activation);
+      for (int64_t row = 0; row < m; ++row)
+        for (int64_t at = first; at < last; at += down.group) {
+          float total;
+          const float* from = y + row * width + at - first;
+          const float scale = round_group(from, down.group, 127, next.bytes + row * down.padded + at, &total);
+          next.note(row, at / down.group, scale, total);
+        }
+    });
+    return multiply_rounded(down, next, m, kNone, residual, out);
+  }
   float* h = hidden.get<float>(m * up.n);
   float* g = gate ? gates.get<float>(m * up.n) : nullptr;
   for_tiles(m, up.n, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    outputs_of(up, rounded, begin, end, first, last, h, up.n);
-    if (gate) outputs_of(*gate, for_gate, begin, end, first, last, g, up.n);
-    for (int64_t row = begin; row < end; ++row) {
-      float* y = h + row * up.n;
-      if (!gate) {
-        activate(y + first, last - first, activation);
-        continue;
-      }
-      float* factor = g + row * up.n;
-      activate(factor + first, last - first, activation);
-#pragma omp simd
-      for (int64_t n = first; n < last; ++n) y[n] *= factor[n];
-    }
+    outputs(up, rounded, m, begin, end, first, last, h);
+    if (gate) outputs(*gate, for_gate, m, begin, end, first, last, g);
+    combine(g ? g + first : nullptr, h + first, begin, end, up.n, last - first, activation);
   });
-  few(down, h, m, kNone, residual, out);
+  multiply_rounded(down, round_rows(down, h, m, Norm{}, panels, down_values, down_numbers), m, kNone, residual, out);
+}
+
+// A block of codes, less zero[2], times scale[2] of each half, as numbers.
+template <class T>
+inline void numbers_of(const uint8_t* from, int64_t bits, const float* zero, const float* scale, T* to) {
+#ifdef PADDLEMIX_WIDE
+  __m256i codes[4];
+  if (bits == 4) block_of<4>(from, codes);
+  else block_of<8>(from, codes);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512 whole = _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(codes[i]));
+    put(to + 16 * i, _mm512_mul_ps(_mm512_sub_ps(whole, _mm512_set1_ps(zero[i / 2])), _mm512_set1_ps(scale[i / 2])));
+  }
+#else
+  int16_t codes[kBlock];
+  float values[kBlock];
+  unpack_block(from, bits, codes);
+#pragma omp simd
+  for (int64_t i = 0; i < kBlock; ++i) values[i] = (codes[i] - zero[i / 32]) * scale[i / 32];
+  for (int64_t i = 0; i < kBlock; ++i) store(to + i, values[i]);
+#endif
 }
 
 // Outputs from `first` on as rows [count, k] in T.
@@ -83,18 +145,16 @@ void unpack_panel(const Quantised& w, int64_t first, int64_t count, T* out) {
   for (int64_t n = first; n < first + count; ++n) {
     thread_local Scratch room;
     T* row = w.order ? room.get<T>(w.padded) : out + (n - first) * w.k;
-    int16_t codes[kBlock];
-    float values[kBlock];
+    T rest[kBlock];
     for (int64_t at = 0; at < w.padded; at += kBlock) {
-      unpack_block(w.codes + n * w.row_bytes() + at * w.bits / 8, w.bits, codes);
-      for (int64_t part = 0; part < kBlock; part += 32) {
-        int64_t g = n * w.groups() + (at + part) / w.group;
-        float scale = to_float(w.scales[g]) * w.factors[n], zero = w.zeros ? to_float(w.zeros[g]) : 0.f;
-#pragma omp simd
-        for (int64_t i = 0; i < 32; ++i) values[part + i] = (codes[part + i] - zero) * scale;
+      float scale[2], zero[2];
+      for (int part = 0; part < 2; ++part) {
+        const int64_t g = n * w.groups() + (at + 32 * part) / w.group;
+        scale[part] = to_float(w.scales[g]) * w.factors[n], zero[part] = w.zeros ? to_float(w.zeros[g]) : 0.f;
       }
-      const int64_t left = std::min(kBlock, w.k - at);
-      for (int64_t i = 0; i < left; ++i) store(row + at + i, values[i]);
+      const int64_t left = w.k - at;
+      numbers_of(w.codes + n * w.row_bytes() + at * w.bits / 8, w.bits, zero, scale, left < kBlock ? rest : row + at);
+      if (left < kBlock) std::copy(rest, rest + std::max<int64_t>(left, 0), row + at);
     }
     if (w.order)
       for (int64_t i = 0; i < w.k; ++i) out[(n - first) * w.k + w.order[i]] = row[i];
@@ -181,14 +241,14 @@ extern "C" {
 const char* quantised_linear_run(int threads, const Quantised* w, const float* x, int64_t m, const float* norm_weight,
                                  const float* norm_bias, float eps, int activation, const float* residual, float* out) {
   return guarded(threads, [&] {
-    thread_local Scratch input;
+    thread_local Scratch input, values, numbers;
     const Norm norm{norm_weight, norm_bias, eps};
     for_chunks(m, [&](int64_t begin, int64_t rows) {
-      const bool rounds = m <= kFewRows || w->bytes();
-      const void* src = prepare(x + begin * w->k, rows, w->k, norm, rounds ? int64_t(kF32) : w->dtype, input);
-      const float* add = residual ? residual + begin * w->n : nullptr;
-      if (rounds) few(*w, static_cast<const float*>(src), rows, activation, add, out + begin * w->n);
-      else many(*w, rows, src, activation, nullptr, add, out + begin * w->n, kF32);
+      const float *from = x + begin * w->k, *add = residual ? residual + begin * w->n : nullptr;
+      float* to = out + begin * w->n;
+      if (m > kFewRows && !w->bytes())
+        return many(*w, rows, prepare(from, rows, w->k, norm, w->dtype, input), activation, nullptr, add, to, kF32);
+      multiply_rounded(*w, round_rows(*w, from, rows, norm, in_panels(rows), values, numbers), rows, activation, add, to);
     });
   });
 }
@@ -197,13 +257,12 @@ const char* quantised_mlp_run(int threads, const Quantised* gate, const Quantise
                               int64_t m, const float* norm_weight, const float* norm_bias, float eps, int activation,
                               const float* residual, float* out) {
   return guarded(threads, [&] {
-    thread_local Scratch input;
     const Norm norm{norm_weight, norm_bias, eps};
     if (m > kFewRows && !(up->bytes() && down->bytes() && (!gate || gate->bytes())))
       return mlp_of_chunks(gate, *up, *down, x, m, norm, activation, residual, out, up->dtype, many);
     for_chunks(m, [&](int64_t begin, int64_t rows) {
-      const float* src = static_cast<const float*>(prepare(x + begin * up->k, rows, up->k, norm, kF32, input));
-      few_mlp(gate, *up, *down, src, rows, activation, residual ? residual + begin * down->n : nullptr, out + begin * down->n);
+      rounded_mlp(gate, *up, *down, x + begin * up->k, rows, norm, activation, residual ? residual + begin * down->n : nullptr,
+                  out + begin * down->n);
     });
   });
 }

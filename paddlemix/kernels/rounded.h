@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common.h"
+#include "tile.h"
 
 namespace {
 
@@ -65,9 +66,19 @@ void unpack_block(const uint8_t* codes, int64_t bits, int16_t* out) {
 // Rows of activations in 16 or 8 bits, with a scale and the sum for each group.
 struct Rounded {
   int16_t* values;     // [m, padded] in 16 bits, else null
-  int8_t* bytes;       // [m, padded] in 8 bits, in the order in which codes lie in their bytes, else null
-  float *scale, *sum;  // [m, stride], 0 behind the groups; the sum is one of whole numbers
-  int64_t stride;
+  int8_t* bytes;       // [m, padded] in 8 bits, in the order of the inputs or of codes in their bytes, else null
+  float *scale, *sum;  // [m, stride], 0 behind the groups; the sum is one of whole numbers, and times the scale for tiles
+  int64_t stride, groups;
+  TileRow* tiles;  // [m / 6, groups] where bytes are in the order of the inputs, else null
+
+  void note(int64_t row, int64_t group, float scale_of_group, float total) const {
+    const int64_t at = row * stride + group;
+    scale[at] = scale_of_group, sum[at] = total;
+    if (!tiles) return;
+    TileRow& tile = tiles[row / kTileRows * groups + group];
+    tile.scale[row % kTileRows] = scale_of_group, tile.begin[row % kTileRows] = -128 * int32_t(total);
+    sum[at] *= scale_of_group;
+  }
 };
 
 // Inputs of a block as its codes are: in 8 bits byte 2j is input j and byte 2j + 1 input 16 + j of each half; in 4 bits the low
@@ -98,9 +109,13 @@ inline float round_group(const float* from, int64_t count, int32_t most, T* to, 
   return top / most;
 }
 
-void round_row(const Quantised& w, const float* x, const Rounded& r, int64_t row) {
-  thread_local Scratch room, small;
-  float *scales = r.scale + row * r.stride, *sums = r.sum + row * r.stride;
+void round_row(const Quantised& w, const float* x, const Norm& norm, const Rounded& r, int64_t row) {
+  thread_local Scratch room, small, normed;
+  if (norm.weight) {
+    float* to = normed.get<float>(w.k);
+    normalize_row(x, w.k, norm, to);
+    x = to;
+  }
   const float* from = x;
   if (w.order || w.padded != w.k) {
     float* sorted = room.get<float>(w.padded);
@@ -111,25 +126,33 @@ void round_row(const Quantised& w, const float* x, const Rounded& r, int64_t row
     std::fill(sorted + w.k, sorted + w.padded, 0.f);
     from = sorted;
   }
-  int8_t* bytes = r.bytes ? small.get<int8_t>(w.padded) : nullptr;
-  for (int64_t g = 0, at = 0; g < w.groups(); ++g, at += w.group)
-    scales[g] = bytes ? round_group(from + at, w.group, 127, bytes + at, sums + g)
-                      : round_group(from + at, w.group, 32767, r.values + row * w.padded + at, sums + g);
-  if (bytes)
+  int8_t* bytes = !r.bytes ? nullptr : r.tiles ? r.bytes + row * w.padded : small.get<int8_t>(w.padded);
+  for (int64_t g = 0, at = 0; g < w.groups(); ++g, at += w.group) {
+    float total;
+    const float scale = bytes ? round_group(from + at, w.group, 127, bytes + at, &total)
+                              : round_group(from + at, w.group, 32767, r.values + row * w.padded + at, &total);
+    r.note(row, g, scale, total);
+  }
+  if (bytes && !r.tiles)
     for (int64_t at = 0; at < w.padded; at += kBlock) interleave(bytes + at, w.bits, r.bytes + row * w.padded + at);
 }
 
-Rounded round_rows(const Quantised& w, const float* x, int64_t m, Scratch& values, Scratch& numbers) {
-  const int64_t stride = round_up(w.groups(), 8), all = m * w.padded;
-  Rounded r{w.bytes() ? nullptr : values.get<int16_t>(all), w.bytes() ? values.get<int8_t>(all) : nullptr,
-            numbers.get<float>(2 * m * stride), nullptr, stride};
-  r.sum = r.scale + m * stride;
+// Room for m rows; what lies behind the groups of a row is 0. `tiles`: for panels.h.
+Rounded rounded_room(const Quantised& w, int64_t m, bool tiles, Scratch& values, Scratch& numbers) {
+  const int64_t groups = w.groups(), stride = round_up(groups, 8), all = m * w.padded, count = (m + kTileRows - 1) / kTileRows * groups;
+  float* floats = numbers.get<float>(2 * m * stride + (tiles ? count * sizeof(TileRow) / sizeof(float) : 0));
+  Rounded r{w.bytes() ? nullptr : values.get<int16_t>(all), w.bytes() ? values.get<int8_t>(all) : nullptr, floats,
+            floats + m * stride, stride, groups, tiles ? reinterpret_cast<TileRow*>(floats + 2 * m * stride) : nullptr};
+  for (int64_t i = 0; i < 2 * m; ++i) std::fill(floats + i * stride + groups, floats + (i + 1) * stride, 0.f);
+  if (tiles) std::fill(r.tiles + count - groups, r.tiles + count, TileRow{});
+  return r;
+}
+
+Rounded round_rows(const Quantised& w, const float* x, int64_t m, const Norm& norm, bool tiles, Scratch& values,
+                   Scratch& numbers) {
+  const Rounded r = rounded_room(w, m, tiles, values, numbers);
 #pragma omp parallel for if (m * w.k > 32768)
-  for (int64_t i = 0; i < m; ++i) {
-    std::fill(r.scale + i * stride, r.scale + (i + 1) * stride, 0.f);
-    std::fill(r.sum + i * stride, r.sum + (i + 1) * stride, 0.f);
-    round_row(w, x + i * w.k, r, i);
-  }
+  for (int64_t i = 0; i < m; ++i) round_row(w, x + i * w.k, norm, r, i);
   return r;
 }
 

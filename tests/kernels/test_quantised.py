@@ -168,12 +168,15 @@ def test_activations_of_many_rows(activation):
 def test_a_row_does_not_depend_on_others(bits, activations):
     parts = [kernels.QuantisedLinear(kernels.quantise(normal(*shape), bits), None, "float32", activations)
              for shape in ((300, 192), (300, 192), (192, 300))]  # fmt: skip
-    x = normal(70 if activations else 16, 192, seed=1)  # in 8 bits many rows are added as few are
+    x = normal(70 if activations else 16, 192, seed=1)
     for run in (parts[0], lambda x: cpu.mlp(x, *parts[1:], parts[0], None, "silu", x)):
-        together = run(paddle.to_tensor(x)).numpy()
-        for rows in (1, 3, 7, 16, 33):
-            if rows <= len(x):
-                np.testing.assert_array_equal(run(paddle.to_tensor(x[:rows])).numpy(), together[:rows])
+        few, many = (run(paddle.to_tensor(x[:count])).numpy() for count in (16, len(x)))
+        for rows in (1, 3, 7):
+            np.testing.assert_array_equal(run(paddle.to_tensor(x[:rows])).numpy(), few[:rows])
+        if activations:  # many rows may be added in another order than few, but in one
+            for rows in (33, 40, 66):
+                np.testing.assert_array_equal(run(paddle.to_tensor(x[:rows])).numpy(), many[:rows])
+            assert np.abs(many[:16] - few).max() < 0.01 * np.abs(few).max()  # what is rounded in between may fall either way
 
 
 def test_arrays_that_do_not_fit_are_refused():
