@@ -92,7 +92,7 @@ struct Attention {
 
 // Blocks of queries and keys whose scores fit the second-level cache. A last block takes up to a quarter more so that
 // none is tiny, and keys come in whole steps so that growing lengths share a few compiled shapes.
-constexpr int64_t kQueryBlock = 128, kKeyBlock = 512, kKeyStep = 32;
+constexpr int64_t kQueryBlock = 256, kKeyBlock = 512, kKeyStep = 32;
 
 // Attention of one block of query rows (token-major, then the heads that share a key head) with online softmax
 // (arXiv 2205.14135). T: type of the products' operands.
