@@ -28,7 +28,7 @@ from .tower import Tower
 __all__ = ["Event", "Job", "Loop"]
 
 PATIENCE = 4  # turns that a prompt waits for others at most, where pauses do not matter
-HELD_BACK, LONGEST_PAUSE = 20, 1.0  # see Loop._waits_for_company: times the last step, and seconds
+HELD_BACK, LONGEST_PAUSE = 40, 1.0  # see Loop._waits_for_company: times the last step, and seconds
 
 
 @dataclass(eq=False)
