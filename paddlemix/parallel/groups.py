@@ -390,11 +390,13 @@ class _Summed(PyLayer):
 class _Copied(PyLayer):
     @staticmethod
     def forward(ctx, group, *tensors):
-        ctx.group = group
+        ctx.group, ctx.places = group, [x.place for x in tensors]
         return tuple(x.clone() for x in tensors)
 
     @staticmethod
     def backward(ctx, *gradients):
+        # An operator that a device lacks leaves its gradient on the CPU, where the device's collectives cannot go.
+        gradients = [g if str(g.place) == str(place) else g.to(place) for g, place in zip(gradients, ctx.places)]
         if len(gradients) == 1:
             return ctx.group.all_reduce(_own(gradients[0]))
         flat = paddle.concat([g.astype("float32").reshape([-1]) for g in gradients])
