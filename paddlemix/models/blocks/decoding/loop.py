@@ -28,7 +28,7 @@ from .tower import Tower
 __all__ = ["Event", "Job", "Loop"]
 
 PATIENCE = 4  # turns that a prompt waits for others at most, where pauses do not matter
-HELD_BACK, LONGEST_PAUSE = 40, 1.0  # see Loop._waits_for_company: times the last step, and seconds
+HELD_BACK, LONGEST_PAUSE = 40, 1.0  # see Loop._waits_for_company, for each that is to come: times the last step, and seconds
 
 
 @dataclass(eq=False)
@@ -117,7 +117,7 @@ class Loop:
         self.tower = Tower(model, image_cache, vision_adapters)
         self.longest = min(longest or self.positions, model.config.llm_config.context_length, self.positions)
         self._turn, self._patience, self.at_once = 0, 0, at_once
-        self._pause_ends = 0.0
+        self._stepped, self._pause = 0.0, 0.0  # when the last step ended, and how long answers may wait for each to come
         self._unsettled = deque()  # jobs that do not know yet which of their tiles are compact
 
     @property
@@ -200,8 +200,8 @@ class Loop:
         if along or (plan.decode and not self._waits_for_company(plan.decode)):
             began = time.perf_counter()
             events += self._advance([(job, 1) for job in plan.decode] + along, answers=True)
-            now = time.perf_counter()
-            self._pause_ends = now + min(HELD_BACK * (now - began), LONGEST_PAUSE)
+            self._stepped = time.perf_counter()
+            self._pause = min(HELD_BACK * (self._stepped - began), LONGEST_PAUSE)
         if chunks and not along:
             events += self._advance(chunks)
         if self.at_once and prompts:
@@ -215,10 +215,11 @@ class Loop:
         """Whether answers pause, since more about pictures are to come: rows of a step cost little more than one, and a picture
         takes so long that each answer would be over before the next begins. Who asked about text alone waits for no picture.
         """
-        if self.at_once or time.perf_counter() >= self._pause_ends or not all(job.pictures for job in answering):
+        if self.at_once or not all(job.pictures for job in answering):
             return False
-        left = (job.prompt - job.computed for job in self.scheduler.running if job.pictures)
-        return self.tower.is_busy or max(left) > self.stepper.short
+        left = [job.prompt - job.computed for job in self.scheduler.running if job.pictures]
+        coming = sum(count > self.stepper.short for count in left)
+        return bool(coming or self.tower.is_busy) and time.perf_counter() < self._stepped + self._pause * max(coming, 1)
 
     def _prompts_are_due(self, plan):
         """Whether prompts are computed in this turn."""
