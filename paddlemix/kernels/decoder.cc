@@ -42,7 +42,8 @@ struct Store {  // of a layer: [slots, kv_heads, width], and for 8 bits a scale 
 
 struct Step {
   int64_t rows, heads, kv_heads, width, length, capacity, cache_type, group, table_rows;
-  int64_t rounds;  // keys and values in float32 are read as bfloat16, which other caches have
+  int64_t rounds;  // keys and values in float32 are bfloat16, which other caches have: where rows lie in pages as they are put there,
+                   // else as they are read
   const float *cos, *sin;
   const int64_t *slots;   // [rows, length]; null: `capacity` slots of each row, one after the other
   const int64_t *starts;  // first position that a row sees; null: 0
@@ -52,15 +53,19 @@ struct Step {
   }
 };
 
-// One head of one position as floats: where it lies, or converted into `room`.
-inline const float* floats(const float* from, const float*, int64_t width, const Step& s, float* room) {
-  if (!s.rounds) return from;
+inline void round_to_bf16(const float* from, int64_t width, float* to) {
 #pragma omp simd
   for (int64_t d = 0; d < width; ++d) {
     bf16 half;
     store(&half, from[d]);
-    room[d] = from_bits(uint32_t(half) << 16);
+    to[d] = from_bits(uint32_t(half) << 16);
   }
+}
+
+// One head of one position as floats: where it lies, or converted into `room`.
+inline const float* floats(const float* from, const float*, int64_t width, const Step& s, float* room) {
+  if (!s.rounds || s.slots) return from;
+  round_to_bf16(from, width, room);
   return room;
 }
 inline const float* floats(const bf16* from, const float*, int64_t width, const Step&, float* room) {
@@ -78,9 +83,13 @@ inline const float* floats(const int8_t* from, const float* scales, int64_t widt
   return room;
 }
 
-inline void put(const float* x, int64_t width, int64_t, float* to, float*) { std::memcpy(to, x, width * sizeof(float)); }
-inline void put(const float* x, int64_t width, int64_t, bf16* to, float*) { normalize_row(x, width, Norm{}, to); }
-inline void put(const float* x, int64_t width, int64_t group, int8_t* to, float* scales) {
+inline void put(const Step& s, const float* x, float* to, float*) {
+  if (s.rounds) round_to_bf16(x, s.width, to);
+  else std::memcpy(to, x, s.width * sizeof(float));
+}
+inline void put(const Step& s, const float* x, bf16* to, float*) { normalize_row(x, s.width, Norm{}, to); }
+inline void put(const Step& s, const float* x, int8_t* to, float* scales) {
+  const int64_t width = s.width, group = s.group;
   for (int64_t g = 0; g < width / group; ++g, x += group, to += group) {
     float top = 0;
 #pragma omp simd reduction(max : top)
@@ -216,8 +225,8 @@ void store_and_attend(const Step& s, const Layer& layer, const Store& store, con
     for (int64_t kv = 0; kv < s.kv_heads; ++kv) {
       const int64_t from = (row * s.kv_heads + kv) * s.width, place = s.slot(row, s.length - 1) * s.kv_heads + kv;
       const int64_t scale = place * (s.width / s.group);
-      put(k + from, s.width, s.group, static_cast<T*>(store.keys) + place * s.width, store.key_scales + scale);
-      put(v + from, s.width, s.group, static_cast<T*>(store.values) + place * s.width, store.value_scales + scale);
+      put(s, k + from, static_cast<T*>(store.keys) + place * s.width, store.key_scales + scale);
+      put(s, v + from, static_cast<T*>(store.values) + place * s.width, store.value_scales + scale);
     }
   attend_all<T>(s, layer, store, q, out);
 }

@@ -318,10 +318,10 @@ class _DecoderLayer(nn.Layer):
         self.is_sparse = layer.is_sparse
         self.mlp = _Experts(mlp, pack) if layer.is_sparse else _GatedMLP(mlp, pack)
 
-    def _stores(self, qkv, heads):
+    def _stores(self, qkv, heads, dtype="float32"):
         """Room for the keys and values of ``qkv [B, N, ...]`` with so many heads of queries, where there is no cache."""
         width = qkv.shape[-1] // (heads + 2 * self.kv_heads)
-        return [paddle.empty([*qkv.shape[:2], self.kv_heads, width]) for _ in range(2)]
+        return [paddle.empty([*qkv.shape[:2], self.kv_heads, width], dtype) for _ in range(2)]
 
     def queries_and_keys(self, x, rope):
         """As :meth:`.language.DecoderLayer.queries_and_keys`."""
@@ -340,7 +340,9 @@ class _DecoderLayer(nn.Layer):
         # not what attention takes.
         appends = paged or (cache is not None and (self.window is not None or cache.dtype == INT8))
         if cache is None or appends:
-            (keys, values), length = self._stores(qkv, heads), tokens
+            # Pages in float32 have numbers that are rounded once, when they come.
+            kept = self.dtype if paged and cache.dtype != INT8 else "float32"
+            (keys, values), length = self._stores(qkv, heads, kept), tokens
         else:
             (keys, values), length = cache.stores(self.index), cache.length
         q = kernels.rotate_and_cache(qkv, *rope, heads, keys, values, length - tokens, self.qk_norms)

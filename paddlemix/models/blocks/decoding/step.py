@@ -7,7 +7,7 @@ A step goes through the same decoder as everything else, with a :class:`PagesVie
 
 An answer must not depend on who else is there, but matrix products choose their way of adding by the number of rows. So they
 are computed in multiples of 16 rows, filled up with some that nobody reads, except of a model that computes each row alone
-(``rows_alone``: the CPU engine with weights that lie row by row or are in few bits), for a step and for short prompts.
+(``rows_alone``: the CPU engine with weights in few bits or a layout that it has a kernel for), for a step and short prompts.
 """
 
 import numpy as np
@@ -66,7 +66,7 @@ class PagesView:
     is_paged = True
 
     def __init__(self, cache, new, seen, length):
-        self.rotary_lengths, self.length = length, seen.shape[1]
+        self.rotary_lengths, self.length, self.dtype = length, seen.shape[1], cache.dtype
         self._cache, self._shape = cache, list(seen.shape)
         self._new = self._seen = None
         self._given = {"new": new, "seen": seen, "length": length}
