@@ -275,6 +275,7 @@ def test_a_clip(tab, stub, tmp_path):
     tab.idle()
     part = stub.bodies[-1]["messages"][0]["content"][0]
     assert base64.b64decode(part["video_url"]["url"].partition(",")[2]) == path.read_bytes()
+    tab.page.wait_for_selector("#chat video")
     assert tab.page.locator("#chat video").count() == 1
     tab.keep("clip")
 

@@ -1,5 +1,7 @@
 """The page: Gradio's widgets around a :class:`~.conversation.Conversation`."""
 
+import asyncio
+
 import gradio as gr
 
 from .conversation import Conversation, Settings
@@ -133,6 +135,13 @@ def make_page(server):
             talk.clear()
             return []
 
+        async def stay(request: gr.Request):
+            """Lasts as long as the tab, so that the stream of its events stays open: Gradio closes it after the last event that
+            it knows of, and the answer to what is asked at that moment would never be shown."""
+            of(request)
+            while request.session_hash in visitors:
+                await asyncio.sleep(5)
+
         def leave(request: gr.Request):
             talk = visitors.pop(request.session_hash, None)
             if talk is not None:
@@ -150,6 +159,7 @@ def make_page(server):
         chat.clear(clear, None, chat, queue=False, **hidden)
         language.change(choose, language, [*told, chat], queue=False, **hidden)
         page.load(begin, None, [language, model], **hidden)
+        page.load(stay, None, None, **many)
         page.unload(leave)
     page.queue(default_concurrency_limit=None)
     return page
