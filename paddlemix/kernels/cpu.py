@@ -20,6 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
 import weakref
@@ -31,14 +32,12 @@ import paddle
 from paddlemix.files import user_cache
 
 __all__ = [
-    "Norm", "PackedLinear", "attention", "available", "compiled", "mlp", "num_threads", "rotate_and_cache", "set_num_threads",
-    "timed",
+    "Norm", "PackedLinear", "Room", "attention", "available", "compiled", "mlp", "num_threads", "rotate_and_cache",
+    "set_num_threads", "timed",
 ]  # fmt: skip
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "quantised.cc", "decoder.cc")]
-HEADERS = [
-    Path(__file__).with_name(name) for name in ("common.h", "few_pairs.h", "few_rows.h", "panels.h", "rounded.h", "tile.h")
-]
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = "-std=c++17 -O3 -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC".split()
 # PADDLEMIX_CPU=avx2 leaves out what newer processors have, to see what older ones would do.
 AVX2_ONLY = os.environ.get("PADDLEMIX_CPU", "").lower() == "avx2"
@@ -375,18 +374,19 @@ class PackedLinear:
         _library().linear_memory(self.handle, ctypes.byref(address), ctypes.byref(size))
         return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_uint8)), [size.value])
 
-    def __call__(self, x, norm=None, activation=None, residual=None):
+    def __call__(self, x, norm=None, activation=None, residual=None, out=None):
         """Apply to ``x [..., in]`` float32.
 
         Args:
             norm: :class:`Norm` to apply to ``x`` first.
             activation: ``gelu``, ``gelu_tanh``, ``silu`` or None.
             residual: ``[..., out]`` float32 to add last.
+            out: where the result goes, of which x and residual are no part; None for new memory.
 
         Returns:
             ``[..., out]`` float32.
         """
-        x, residual, rows, out = _prepare(x, self.in_features, self.out_features, residual)
+        x, residual, rows, out = _prepare(x, self.in_features, self.out_features, residual, out)
         name = "linear_few_run" if self.few else "linear_run"
         _call(
             name, self.handle, x.data_ptr(), rows, *(norm.arguments if norm else _NO_NORM),
@@ -395,13 +395,37 @@ class PackedLinear:
         return out
 
 
-def _prepare(x, width, out_width, residual):
+class Room:
+    """Memory for results that are needed only until the next of their name, as those within a block: mapping new pages for them
+    took a twentieth of a vision tower's time."""
+
+    def __init__(self):
+        self._of_thread = threading.local()
+
+    def __call__(self, name, shape):
+        """A float32 tensor with anything in it; the last of that name in this thread if that has the shape."""
+        found = getattr(self._of_thread, name, None)
+        if found is None or found.shape != shape:
+            found = paddle.empty(shape, "float32")
+            setattr(self._of_thread, name, found)
+        return found
+
+
+def _result(shape, out):
+    if out is None:
+        return paddle.empty(shape, "float32")
+    if _float32(out, "out").shape != shape or not out.is_contiguous():
+        raise ValueError(f"out has shape {out.shape}, the result {shape}")
+    return out
+
+
+def _prepare(x, width, out_width, residual, out=None):
     """Checked ``x`` and ``residual``, the number of rows, and room for the result."""
     x = _float32(x, "x")
     *leading, got = x.shape
     if got != width:
         raise ValueError(f"x has width {got}, the weights take {width}")
-    out = paddle.empty([*leading, out_width], "float32")
+    out = _result([*leading, out_width], out)
     if residual is not None:
         residual = _float32(residual, "residual")
         if residual.shape != out.shape:
@@ -409,7 +433,7 @@ def _prepare(x, width, out_width, residual):
     return x, residual, x.size // width, out
 
 
-def mlp(x, up, down, gate=None, norm=None, activation="gelu", residual=None):
+def mlp(x, up, down, gate=None, norm=None, activation="gelu", residual=None, out=None):
     """``residual + down(activation(up(norm(x))))``, or with a gate ``down(activation(gate(norm(x))) * up(norm(x)))``.
 
     The hidden rows stay in cache and in the dtype of the weights.
@@ -421,6 +445,7 @@ def mlp(x, up, down, gate=None, norm=None, activation="gelu", residual=None):
         norm: :class:`Norm` to apply to ``x`` first.
         activation: ``gelu``, ``gelu_tanh``, ``silu`` or None.
         residual: ``[..., out]`` float32 to add last.
+        out: where the result goes, of which x and residual are no part; None for new memory.
 
     Returns:
         ``[..., out]`` float32.
@@ -428,8 +453,8 @@ def mlp(x, up, down, gate=None, norm=None, activation="gelu", residual=None):
     if not isinstance(down, PackedLinear):
         from .quantised import mlp as quantised_mlp  # needs this module
 
-        return quantised_mlp(x, up, down, gate, norm, activation, residual)
-    x, residual, rows, out = _prepare(x, up.in_features, down.out_features, residual)
+        return quantised_mlp(x, up, down, gate, norm, activation, residual, out)
+    x, residual, rows, out = _prepare(x, up.in_features, down.out_features, residual, out)
     expected = (up.in_features, down.in_features, down.dtype)
     if any((part.in_features, part.out_features, part.dtype) != expected for part in (up, gate or up)):
         raise ValueError("up, gate and down do not fit each other in shape or dtype")
@@ -451,7 +476,7 @@ class _Attention(ctypes.Structure):
     ]
 
 
-def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="bfloat16", window=None, sinks=None):
+def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="bfloat16", window=None, sinks=None, out=None):
     """Scaled dot-product attention with grouped queries; scores never leave the cache (arXiv 2205.14135).
 
     Args:
@@ -465,6 +490,7 @@ def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="b
         dtype: dtype of the products' operands; scores, softmax and sums are float32.
         window: how many keys, that of its own position included, a query sees, if ``causal``; None for all.
         sinks: ``[H]`` float32, one more logit in each head's softmax that no value belongs to; None for none.
+        out: where the result goes; None for new memory.
 
     Returns:
         ``[B, N, H * D]`` float32.
@@ -483,7 +509,7 @@ def attention(q, k, v, *, causal, length=None, starts=None, scale=None, dtype="b
     if window is not None and (window < 1 or not causal):
         raise ValueError(f"a window of {window} must be positive, and attention causal")
     q, k, v = (x if x.strides[-1] == 1 else x.contiguous() for x in (q, k, v))
-    out = paddle.empty([batch, queries, heads * width], "float32")
+    out = _result([batch, queries, heads * width], out)
     if starts is not None:
         starts = np.ascontiguousarray(starts, dtype=np.int64)
         if starts.shape != (batch,) or starts.min() < 0:

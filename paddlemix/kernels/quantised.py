@@ -50,9 +50,9 @@ class QuantisedLinear:
         )  # fmt: skip
         self.address = ctypes.addressof(self.handle)
 
-    def __call__(self, x, norm=None, activation=None, residual=None):
+    def __call__(self, x, norm=None, activation=None, residual=None, out=None):
         """As :meth:`.cpu.PackedLinear.__call__`."""
-        x, residual, rows, out = _prepare(x, self.in_features, self.out_features, residual)
+        x, residual, rows, out = _prepare(x, self.in_features, self.out_features, residual, out)
         _call(
             "quantised_linear_run", self.address, x.data_ptr(), rows, *(norm.arguments if norm else _NO_NORM),
             ACTIVATIONS[activation], _address(residual), out.data_ptr(),
@@ -79,9 +79,9 @@ def _check(weight, arrays):
             raise ValueError(f"{name} is {array.dtype} {array.shape}, but must be {expected[name]}")
 
 
-def mlp(x, up, down, gate, norm, activation, residual):
+def mlp(x, up, down, gate, norm, activation, residual, out):
     """:func:`.cpu.mlp` for layers of this kind, which may differ in bits."""
-    x, residual, rows, out = _prepare(x, up.in_features, down.out_features, residual)
+    x, residual, rows, out = _prepare(x, up.in_features, down.out_features, residual, out)
     _call(
         "quantised_mlp_run", gate.address if gate else None, up.address, down.address, x.data_ptr(), rows,
         *(norm.arguments if norm else _NO_NORM), ACTIVATIONS[activation], _address(residual), out.data_ptr(),

@@ -20,6 +20,8 @@ struct TileRow {  // of a group of each of six rows, and of two more
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define PADDLEMIX_TILE
 
+#include <immintrin.h>
+
 namespace {
 
 using TileRows = std::array<const char*, kTileRows>;
@@ -31,6 +33,24 @@ inline TileRows tile_rows(const void* first, int64_t bytes, int64_t count) {
   return rows;
 }
 
+// out[row][j] = in[j][row] of sixteen vectors of sixteen numbers, `stride` bytes from one row to the next.
+inline void store_turned(__m512i* v, uint8_t* out, int64_t stride) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]), t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  for (int i = 0; i < 16; i += 4) {
+    v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88), t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88), t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_store_si512(out + i * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_store_si512(out + (i + 8) * stride, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+  }
+}
+
 // clang-format off
 #define PADDLEMIX_EACH_ROW(macro, more) \
   macro(more, "0", "28", "0", "1", "2", "3") macro(more, "1", "29", "4", "5", "6", "7") macro(more, "2", "30", "8", "9", "10", "11") \
@@ -40,6 +60,10 @@ inline TileRows tile_rows(const void* first, int64_t bytes, int64_t count) {
 #define PADDLEMIX_CLEAR(more, row, factor, a, b, c, d) \
   "vpxord %%zmm" a ", %%zmm" a ", %%zmm" a "\nvpxord %%zmm" b ", %%zmm" b ", %%zmm" b "\n" \
   "vpxord %%zmm" c ", %%zmm" c ", %%zmm" c "\nvpxord %%zmm" d ", %%zmm" d ", %%zmm" d "\n"
+// with sums that are there,
+#define PADDLEMIX_LOAD(more, row, factor, a, b, c, d) \
+  "vmovups 256*" row "(%[out]), %%zmm" a "\nvmovups 64+256*" row "(%[out]), %%zmm" b "\n" \
+  "vmovups 128+256*" row "(%[out]), %%zmm" c "\nvmovups 192+256*" row "(%[out]), %%zmm" d "\n"
 // or with a whole number of the row.
 #define PADDLEMIX_BEGIN(more, row, factor, a, b, c, d) \
   "vpbroadcastd 32+4*" row "(%[of_rows]), %%zmm" a "\nvpbroadcastd 32+4*" row "(%[of_rows]), %%zmm" b "\n" \

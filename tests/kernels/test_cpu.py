@@ -146,7 +146,24 @@ def test_mlp(rng, dtype, rows, gated):
     assert_close(got, expected, dtype)
 
 
-def attention_reference(q, k, v, causal, length, starts):
+def test_results_go_where_they_are_asked_for(rng, dtype):
+    x, room = paddle.to_tensor(normal(rng, 2, 40, 64)), cpu.Room()
+    up, down = (cpu.PackedLinear(paddle.to_tensor(normal(rng, *s)), dtype=dtype) for s in ((64, 192), (192, 64)))
+    q, k, v = (up(x).reshape([2, 40, 3, 64])[:, :, i].reshape([2, 40, 1, 64]) for i in range(3))
+    for name, width, call in (
+        ("a", 192, lambda **out: up(x, **out)),
+        ("b", 64, lambda **out: cpu.mlp(x, up, down, **out)),
+        ("c", 64, lambda **out: cpu.attention(q, k, v, causal=False, dtype=dtype, **out)),
+    ):
+        place = room(name, [2, 40, width])
+        place.fill_(7)
+        assert call(out=place) is place and np.array_equal(place.numpy(), call().numpy())
+        assert room(name, [2, 40, width]) is place and room(name, [1, 40, width]).shape == [1, 40, width]
+        with pytest.raises(ValueError, match="out has shape"):
+            call(out=paddle.empty([2, 40, width + 1]))
+
+
+def attention_reference(q, k, v, causal, length, starts, window=None, sinks=None):
     batch, queries, heads, width = q.shape
     group = heads // k.shape[2]
     key, query = np.arange(length), length - queries + np.arange(queries)
@@ -154,10 +171,13 @@ def attention_reference(q, k, v, causal, length, starts):
     for b in range(batch):
         seen = np.broadcast_to(key >= (starts[b] if starts else 0), (queries, length))
         seen = seen & (key <= query[:, None]) if causal else seen
+        seen = seen & (key > query[:, None] - window) if window else seen
         for h in range(heads):
             scores = q[b, :, h].astype("float64") @ k[b, :length, h // group].T / math.sqrt(width)
-            weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
-            out[b, :, h] = weights / np.maximum(weights.sum(-1, keepdims=True), 1e-300) @ v[b, :length, h // group]
+            top = scores.max(-1, keepdims=True)
+            weights = np.where(seen, np.exp(scores - top), 0)
+            total = weights.sum(-1, keepdims=True) + (0 if sinks is None else np.exp(sinks[h] - top))
+            out[b, :, h] = weights / np.maximum(total, 1e-300) @ v[b, :length, h // group]
     return out.reshape(batch, queries, heads * width)
 
 
@@ -169,6 +189,14 @@ ATTENTION = {
     "left-padded": dict(
         batch=3, queries=300, heads=2, kv_heads=1, width=96, keys=333, causal=True, length=300, starts=[0, 9, 290]
     ),
+    "left-padded, heads of 64": dict(
+        batch=3, queries=600, heads=3, kv_heads=1, width=64, keys=640, causal=True, length=601, starts=[0, 99, 590]
+    ),
+    "window": dict(batch=2, queries=650, heads=4, kv_heads=2, width=64, keys=1500, causal=True, length=1300, window=100),
+    "window, left-padded": dict(
+        batch=2, queries=90, heads=2, kv_heads=2, width=128, keys=700, causal=True, window=70, starts=[0, 666]
+    ),
+    "sinks": dict(queries=65, heads=8, kv_heads=2, width=64, keys=600, causal=True, length=577, window=33, sinks=True),
     "decode": dict(batch=2, queries=1, heads=14, kv_heads=2, width=64, keys=2048, causal=True, length=1833, starts=[0, 700]),
     "first token": dict(queries=1, heads=2, kv_heads=1, width=8, keys=5, causal=True, length=1),
 }
@@ -176,14 +204,27 @@ ATTENTION = {
 
 @pytest.mark.parametrize("case", list(ATTENTION))
 def test_attention(rng, dtype, case):
-    c = {"batch": 1, "length": None, "starts": None, **ATTENTION[case]}
+    c = {"batch": 1, "length": None, "starts": None, "window": None, "sinks": False, **ATTENTION[case]}
     q = 2 * normal(rng, c["batch"], c["queries"], c["heads"], c["width"])
     k, v = (normal(rng, c["batch"], c["keys"], c["kv_heads"], c["width"]) for _ in "kv")
-    expected = attention_reference(q, k, v, c["causal"], c["length"] or c["keys"], c["starts"])
-    options = {"causal": c["causal"], "length": c["length"], "starts": c["starts"], "dtype": dtype}
+    sinks = 3 * normal(rng, c["heads"]) if c["sinks"] else None
+    expected = attention_reference(q, k, v, c["causal"], c["length"] or c["keys"], c["starts"], c["window"], sinks)
+    options = {name: c[name] for name in ("causal", "length", "starts", "window")}
+    options |= {"dtype": dtype, "sinks": None if sinks is None else paddle.to_tensor(sinks)}
     q, k, v = (paddle.to_tensor(x) for x in (q, k, v))
     assert_close(cpu.attention(q, k, v, **options), expected, dtype)
     assert_close(cpu.attention(q, k.astype(dtype), v.astype(dtype), **options), expected, dtype)  # a cache in dtype
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_what_a_query_gives_depends_on_no_other(rng, dtype, window):
+    q, k, v = (paddle.to_tensor(normal(rng, 1, n, h, 64)) for n, h in ((700, 3), (1000, 1), (1000, 1)))
+    options = {"causal": True, "window": window, "dtype": dtype}
+    alone = dtype == "bfloat16" and cpu.PackedLinear(paddle.ones([64, 64])).alone  # by the processor's pairs of bfloat16
+    whole = cpu.attention(q, k, v, **options).numpy()
+    for first, last in ((0, 40), (300, 411), (511, 700)):
+        part = cpu.attention(q[:, first:last], k, v, length=300 + last, **options).numpy()
+        assert np.abs(part - whole[:, first:last]).max() <= (0 if alone else 2e-2 * np.abs(whole).max())
 
 
 def test_attention_reads_slices_of_a_fused_product_in_place(rng, dtype):

@@ -1,0 +1,194 @@
+// Attention of many queries in bfloat16 where the processor multiplies pairs of such numbers. Keys and values are laid out once for
+// all queries; then six queries at a time go over them, and their scores stay in the first-level cache. What a query gives depends on
+// no other query.
+#pragma once
+
+#include "attention.h"
+#include "few_pairs.h"
+
+namespace {
+
+#ifdef PADDLEMIX_PAIRS
+constexpr int64_t kTileKeys = 64, kScores = 512;      // keys of a panel; scores of a query that are there at once
+constexpr int64_t kFewestRows = 32, kTaskTiles = 16;  // rows for which laying out pays; tiles of a thread's task
+
+bool suits_pairs(const Attention& a) {
+  return a.width % kTileOutputs == 0 && a.queries * (a.heads / a.kv_heads) >= kFewestRows;
+}
+
+// 32 numbers as 16 pairs; and 16 pairs of one number of each of two rows.
+inline __m512i pairs_of(const bf16* x) { return _mm512_loadu_si512(x); }
+inline __m512i pairs_of(const float* x) { return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x)); }
+inline __m512i wide(const bf16* x) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+inline __m512i wide(const float* x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x))); }
+
+// Keys [heads, panels of 64, width / 2, 64, 2] and values [heads, width / 64, keys / 2, 64, 2] in bfloat16, zeros behind the last.
+struct LaidOut {
+  int64_t padded, size;  // keys of a head with those that fill up, and numbers
+  bf16 *keys, *values;
+
+  LaidOut(const Attention& a, Scratch& key_room, Scratch& value_room)
+      : padded(round_up(a.length, kTileKeys)), size(padded * a.width), keys(key_room.get<bf16>(a.batch * a.kv_heads * size)),
+        values(value_room.get<bf16>(a.batch * a.kv_heads * size)) {}
+
+  template <class T>
+  void fill(const Attention& a) const {
+    const int64_t panels = padded / kTileKeys;
+    for_tasks(a.batch * panels * a.kv_heads, true, [&](int64_t task) {  // heads of a token lie side by side
+      const int64_t kv = task % a.kv_heads, b = task / a.kv_heads / panels, head = b * a.kv_heads + kv;
+      const int64_t first = task / a.kv_heads % panels * kTileKeys;
+      const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + kv * a.k_stride[2];
+      const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + kv * a.v_stride[2];
+      bf16 *to_keys = keys + head * size + first * a.width, *to_values = values + head * size + first * kTileOutputs;
+      for (int64_t d = 0; d < a.width; d += 32)
+        for (int64_t j = 0; j < kTileKeys; j += 16) {
+          __m512i rows[16];
+          for (int64_t i = 0; i < 16; ++i) {
+            const int64_t key = first + j + i;
+            rows[i] = key < a.length ? pairs_of(k + key * a.k_stride[1] + d) : _mm512_setzero_si512();
+          }
+          store_turned(rows, reinterpret_cast<uint8_t*>(to_keys + d * kTileKeys + 2 * j), 4 * kTileKeys);
+        }
+      for (int64_t j = 0; j < kTileKeys; j += 2)
+        for (int64_t d = 0; d < a.width; d += 16) {
+          const int64_t key = first + j;
+          const T* row = v + key * a.v_stride[1] + d;
+          __m512i both = key < a.length ? wide(row) : _mm512_setzero_si512();
+          if (key + 1 < a.length) both = _mm512_or_si512(both, _mm512_slli_epi32(wide(row + a.v_stride[1]), 16));
+          _mm512_store_si512(to_values + d / kTileOutputs * padded * kTileOutputs + j * kTileOutputs + d % kTileOutputs * 2, both);
+        }
+    });
+  }
+};
+
+// 2^x to 3e-6, which bfloat16 does not see; 0 of minus infinity.
+inline __m512 power_of_two(__m512 x) {
+  const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
+  __m512 p = _mm512_set1_ps(0.013534168f);  // a polynomial whose largest relative error between 0 and 1 is least
+  for (const float c : {0.0520114611f, 0.241442756f, 0.693003835f, 1.00000259f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, x);
+}
+
+// Scores of a query, 64 in every 6 * 64, of which those from `low` to `visible` count -> what they weigh, in powers of 2 above
+// `top`, and their sum. `top` grows to the largest.
+inline float weigh(float* scores, int64_t panels, int64_t low, int64_t visible, bf16* weights, float* top) {
+  constexpr int64_t kStride = kTileRows * kTileKeys;
+  for (int64_t c = 0; c < low; ++c) scores[c / kTileKeys * kStride + c % kTileKeys] = -INFINITY;
+  for (int64_t c = visible; c < panels * kTileKeys; ++c) scores[c / kTileKeys * kStride + c % kTileKeys] = -INFINITY;
+  __m512 peaks = _mm512_set1_ps(*top), sum = _mm512_setzero_ps();
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t c = 0; c < kTileKeys; c += 16) peaks = _mm512_max_ps(peaks, _mm512_loadu_ps(scores + p * kStride + c));
+  *top = _mm512_reduce_max_ps(peaks);
+  const __m512 peak = _mm512_set1_ps(*top);
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t c = 0; c < kTileKeys; c += 32) {
+      const float* s = scores + p * kStride + c;
+      const __m512 first = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(s), peak));
+      const __m512 second = power_of_two(_mm512_sub_ps(_mm512_loadu_ps(s + 16), peak));
+      sum = _mm512_add_ps(sum, _mm512_add_ps(first, second));
+      _mm512_storeu_si512(weights + p * kTileKeys + c, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Scores of six rows with the keys of a panel, `count` of which are needed: y [6, 64].
+inline void score(int64_t width, const TileRows& queries, const bf16* panel, int64_t count, float* y) {
+  if (count > 16) {
+    PADDLEMIX_MULTIPLY_TILE("vdpbf16ps", PADDLEMIX_CLEAR, "", PADDLEMIX_EACH_ROW(PADDLEMIX_STORE, ""), queries, panel, 1, width / 2,
+                            nullptr, nullptr, y);
+    return;
+  }
+  __m512 sums[kTileRows] = {};
+  for (int64_t d = 0; d < width; d += 2) {
+    const __m512bh keys = (__m512bh)_mm512_loadu_si512(panel + d * kTileKeys);
+#pragma GCC unroll 6
+    for (int r = 0; r < kTileRows; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, queries[r] + d * sizeof(bf16), sizeof pair);
+      sums[r] = _mm512_dpbf16_ps(sums[r], (__m512bh)_mm512_set1_epi32(pair), keys);
+    }
+  }
+  for (int r = 0; r < kTileRows; ++r) _mm512_storeu_ps(y + r * kTileKeys, sums[r]);
+}
+
+// Up to six rows (queries, then the heads that share a key head).
+void attend_tile(const Attention& a, int64_t b, int64_t kv, int64_t first, int64_t rows, const bf16* keys, const bf16* values,
+                 int64_t padded) {
+  thread_local Scratch query_room, out_room;
+  alignas(64) float scores[kTileRows * kScores];
+  alignas(64) bf16 weights[kTileRows * kScores];
+  const int64_t group = a.heads / a.kv_heads, width = a.width, past = a.length - a.queries;
+  bf16* q = query_room.get<bf16>(kTileRows * width);
+  float *out = out_room.get<float>(kTileRows * width), top[kTileRows], total[kTileRows];  // out [width / 64, 6, 64]
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = first + r, head = kv * group + row % group;
+    const float* from = a.q + b * a.q_stride[0] + row / group * a.q_stride[1] + head * a.q_stride[2];
+    const __m512 scale = _mm512_set1_ps(a.scale * 1.44269504f);  // softmax in powers of 2
+    for (int64_t d = 0; d < width; d += 32) {
+      const __m512 one = _mm512_mul_ps(_mm512_loadu_ps(from + d), scale), two = _mm512_mul_ps(_mm512_loadu_ps(from + d + 16), scale);
+      _mm512_storeu_si512(q + r * width + d, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+    }
+    top[r] = a.sinks ? a.sinks[head] * 1.44269504f : -INFINITY, total[r] = a.sinks ? 1.f : 0.f;
+  }
+  std::fill(out, out + kTileRows * width, 0.f);
+
+  const TileRows queries = tile_rows(q, width * sizeof(bf16), rows), weighed = tile_rows(weights, kScores * sizeof(bf16), rows);
+  const int64_t start = a.starts ? a.starts[b] : 0;
+  auto seen = [&](int64_t r, int64_t* low, int64_t* end) {
+    const int64_t place = past + (first + r) / group;
+    *end = a.causal ? place + 1 : a.length, *low = a.window ? std::max(start, place - a.window + 1) : start;
+  };
+  int64_t begin, none, end;
+  seen(0, &begin, &none), seen(rows - 1, &none, &end);
+  for (int64_t at = begin / kTileKeys * kTileKeys, next; at < end; at = next) {
+    next = (at / kScores + 1) * kScores;  // where blocks end is the same for all queries
+    const int64_t panels = (std::min(next, round_up(end, kTileKeys)) - at) / kTileKeys;
+    for (int64_t p = 0; p < panels; ++p)
+      score(width, queries, keys + (at + p * kTileKeys) * width, end - at - p * kTileKeys, scores + p * kTileRows * kTileKeys);
+    for (int64_t r = 0; r < rows; ++r) {
+      int64_t low, last;
+      seen(r, &low, &last);
+      low = std::max<int64_t>(low - at, 0), last = std::min(last - at, panels * kTileKeys);
+      const float before = top[r];
+      if (low >= last) {
+        std::fill(weights + r * kScores, weights + r * kScores + panels * kTileKeys, bf16(0));
+        continue;
+      }
+      const float sum = weigh(scores + r * kTileKeys, panels, low, last, weights + r * kScores, top + r);
+      const float shrink = total[r] > 0 ? exp2_nonpositive(before - top[r]) : 0.f;
+      total[r] = total[r] * shrink + sum;
+      if (shrink < 1)
+        for (int64_t w = 0; w < width / kTileOutputs; ++w)
+#pragma omp simd
+          for (int64_t d = 0; d < kTileOutputs; ++d) out[(w * kTileRows + r) * kTileOutputs + d] *= shrink;
+    }
+    for (int64_t w = 0; w < width / kTileOutputs; ++w)
+      PADDLEMIX_MULTIPLY_TILE("vdpbf16ps", PADDLEMIX_LOAD, "", PADDLEMIX_EACH_ROW(PADDLEMIX_STORE, ""), weighed,
+                              values + (w * padded + at) * kTileOutputs, 1, (std::min(next, end) - at + 1) / 2, nullptr, nullptr,
+                              out + w * kTileRows * kTileOutputs);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t row = first + r;
+    float* to = a.out + ((b * a.queries + row / group) * a.heads + kv * group + row % group) * width;
+    const float inverse = total[r] > 0 ? 1.f / total[r] : 0.f;  // a padding query sees no key
+    for (int64_t w = 0; w < width / kTileOutputs; ++w)
+#pragma omp simd
+      for (int64_t d = 0; d < kTileOutputs; ++d)
+        to[w * kTileOutputs + d] = out[(w * kTileRows + r) * kTileOutputs + d] * inverse;
+  }
+}
+
+void attend_pairs(const Attention& a, const LaidOut& heads) {
+  constexpr int64_t kRows = kTaskTiles * kTileRows;
+  const int64_t rows = a.queries * (a.heads / a.kv_heads), blocks = (rows + kRows - 1) / kRows, count = a.batch * a.kv_heads;
+  for_tasks(count * blocks, true, [&](int64_t task) {
+    const int64_t block = a.causal ? blocks - 1 - task / count : task % blocks;  // long rows first
+    const int64_t head = a.causal ? task % count : task / blocks;
+    for (int64_t row = block * kRows, end = std::min(rows, row + kRows); row < end; row += kTileRows)
+      attend_tile(a, head / a.kv_heads, head % a.kv_heads, row, std::min<int64_t>(kTileRows, end - row),
+                  heads.keys + head * heads.size, heads.values + head * heads.size, heads.padded);
+  });
+}
+#endif
+
+}  // namespace
