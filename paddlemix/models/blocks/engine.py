@@ -141,7 +141,7 @@ class _Packer:
     """Weights of linear layers for the kernels, in ``dtype``."""
 
     def __init__(self, dtype, packs=None):
-        self.dtype, self.packs = dtype, packs
+        self.dtype, self.packs, self.room = dtype, packs, kernels.Room()
 
     def __call__(self, layer, scale=None, columns=None):
         """``scale [out]`` is multiplied in; of ``columns``, a slice, alone if given."""
@@ -281,7 +281,7 @@ class _VisionLayer(nn.Layer):
     def __init__(self, layer, pack):
         super().__init__()
         attn, mlp = layer.attn, layer.mlp
-        self.dtype, self.heads = pack.dtype, attn.heads
+        self.dtype, self.heads, self.room = pack.dtype, attn.heads, pack.room
         self.norm1, self.norm2 = _norm(layer.norm1), _norm(layer.norm2)
         self.qk_norms = (_norm(attn.q_norm), _norm(attn.k_norm)) if attn.qk_normalization else None
         self.qkv, self.proj = pack(attn.qkv), pack(attn.proj, layer.ls1)
@@ -290,14 +290,16 @@ class _VisionLayer(nn.Layer):
         pack.release(mlp.fc1, mlp.fc2)
 
     def forward(self, x):
+        """The result takes the place of ``x``, as the encoder hands each block what nobody else needs."""
         tiles, tokens, width = x.shape
-        qkv = self.qkv(x, norm=self.norm1).reshape([tiles, tokens, 3, width])
+        qkv = self.qkv(x, norm=self.norm1, out=self.room("qkv", [tiles, tokens, 3 * width])).reshape([tiles, tokens, 3, width])
         q, k, v = (qkv[:, :, i] for i in range(3))  # views, where split() would copy
         if self.qk_norms:
             q, k = self.qk_norms[0](q), self.qk_norms[1](k)
         q, k, v = (part.reshape([tiles, tokens, self.heads, width // self.heads]) for part in (q, k, v))
-        x = self.proj(kernels.attention(q, k, v, causal=False, dtype=self.dtype), residual=x)
-        return kernels.mlp(x, self.fc1, self.fc2, norm=self.norm2, activation="gelu", residual=x)
+        attended = kernels.attention(q, k, v, causal=False, dtype=self.dtype, out=self.room("attended", x.shape))
+        between = self.proj(attended, residual=x, out=self.room("between", x.shape))
+        return kernels.mlp(between, self.fc1, self.fc2, norm=self.norm2, activation="gelu", residual=between, out=x)
 
 
 class _DecoderLayer(nn.Layer):
