@@ -16,12 +16,6 @@ bool suits_pairs(const Attention& a) {
   return a.width % kTileOutputs == 0 && a.queries * (a.heads / a.kv_heads) >= kFewestRows;
 }
 
-// 32 numbers as 16 pairs; and 16 pairs of one number of each of two rows.
-inline __m512i pairs_of(const bf16* x) { return _mm512_loadu_si512(x); }
-inline __m512i pairs_of(const float* x) { return (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x)); }
-inline __m512i wide(const bf16* x) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
-inline __m512i wide(const float* x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x))); }
-
 // Keys [heads, panels of 64, width / 2, 64, 2] and values [heads, width / 64, keys / 2, 64, 2] in bfloat16, zeros behind the last.
 struct LaidOut {
   int64_t padded, size;  // keys of a head with those that fill up, and numbers

@@ -28,7 +28,7 @@ class Bfloat16Products(gemm.Products):
         if packed is self._CHOOSE:
             packed = "bfloat16" if cpu.has_bfloat16() and cpu.available("bfloat16") else None
         self.packed = packed
-        self._packs, self._before = {}, []
+        self._packs, self._stale, self._operands, self._before = {}, set(), {}, []
 
     def __enter__(self):
         self._before.append(gemm.active)
@@ -46,8 +46,11 @@ class Bfloat16Products(gemm.Products):
         return " (this processor multiplies nothing in bfloat16: rounded to it, then in float32, which saves no time)"
 
     def forget(self):
-        """Call when weights have changed: those that learn are packed again when they are next used."""
-        self._packs = {key: pack for key, pack in self._packs.items() if pack[0].stop_gradient}
+        """Call when weights have changed: those that learn are packed again, in the same place, when they are next used."""
+        learn = {key for key, (weight, _) in self._packs.items() if not weight.stop_gradient}
+        for key in self._stale & learn:  # nobody has asked for them since the last time
+            del self._packs[key]
+        self._stale = learn & self._packs.keys()
 
     # ------------------------------------------------------------------ the products
 
@@ -64,7 +67,7 @@ class Bfloat16Products(gemm.Products):
 
     def outer(self, x, y):
         if self.packed:
-            packed = cpu.PackedLinear(self._operand(y), None, self.packed)
+            packed = self._packed_operand(self._operand(y))
             return packed(self._operand(x).transpose([1, 0]).contiguous())
         x, y = rounded(x), rounded(y)
         return gemm.outer(x, y) if _suits(x, y.shape[1], y) else paddle.matmul(x, y, transpose_x=True)
@@ -81,7 +84,21 @@ class Bfloat16Products(gemm.Products):
         if key not in self._packs:
             packed = cpu.PackedLinear(self._operand(weight.detach()), None, self.packed, transposed=turned)
             self._packs[key] = weight, packed  # the weight too, so that no other gets its number
+        elif key in self._stale:
+            self._packs[key][1].fill(self._operand(weight.detach()), transposed=turned)
+        self._stale.discard(key)
         return self._packs[key][1]
+
+    def _packed_operand(self, y):
+        # In the place of the last of that shape: new memory takes longer than packing.
+        key = tuple(y.shape)
+        if key in self._operands:
+            self._operands[key].fill(y)
+        else:
+            if len(self._operands) >= 16:  # batches of ever new lengths
+                self._operands.clear()
+            self._operands[key] = cpu.PackedLinear(y, None, self.packed)
+        return self._operands[key]
 
 
 def rounded(x):

@@ -42,6 +42,21 @@ struct Linear {
   }
 };
 
+// Packs weights into the memory that is there.
+void fill(const Linear& linear, const void* weight, int weight_type, int64_t row_stride, int64_t column_stride) {
+#ifdef PADDLEMIX_PAIRS
+  if (linear.pairs && (row_stride == 1 || column_stride == 1)) {
+    auto pack = [&](auto* from) {
+      pack_pairs(from, linear.k, linear.n, row_stride, column_stride, static_cast<bf16*>(linear.data));
+    };
+    return weight_type == kF32 ? pack(static_cast<const float*>(weight)) : pack(static_cast<const bf16*>(weight));
+  }
+#endif
+  void* given = strided(linear.k, linear.n, weight_type, row_stride, column_stride);
+  reorder(given, weight, linear.md, linear.data);
+  dnnl_memory_desc_destroy(given);
+}
+
 void apply(const Linear& linear, int64_t m, const void* src, int activation, const void* mul, const float* add, void* dst,
            int dst_type) {
   Product p{m, linear.k, linear.n, linear.dtype, dst_type, linear.k, linear.n};
@@ -135,9 +150,16 @@ const char* linear_create(int threads, const void* weight, int weight_type, int6
       return;
     }
     linear->allocate(size);
-    void* given = strided(k, n, weight_type, row_stride, column_stride);
-    reorder(given, weight, linear->md, linear->data);
-    dnnl_memory_desc_destroy(given);
+    fill(*linear, weight, weight_type, row_stride, column_stride);
+  });
+}
+
+// Other weights of the same shape in the place of those that are there.
+const char* linear_fill_run(int threads, const Linear* linear, const void* weight, int weight_type, int64_t row_stride,
+                            int64_t column_stride) {
+  return guarded(threads, [&] {
+    if (!linear->mapped) throw std::runtime_error("packed weights of others cannot be replaced");
+    fill(*linear, weight, weight_type, row_stride, column_stride);
   });
 }
 

@@ -49,6 +49,7 @@ ACTIVATIONS = {None: 0, "gelu_tanh": 43, "silu": 44, "gelu": 49}  # dnnl_alg_kin
 _pointer, _int, _long, _float = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "linear_create": [_pointer, _int, *[_long] * 4, _pointer, _int, _long, ctypes.POINTER(_pointer), ctypes.c_char_p],
+    "linear_fill_run": [_pointer, _pointer, _int, _long, _long],
     "linear_run": [_pointer, _pointer, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "linear_few_run": [_pointer, _pointer, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
     "mlp_run": [*[_pointer] * 4, _long, _pointer, _pointer, _float, _int, _pointer, _pointer],
@@ -327,6 +328,18 @@ class PackedLinear:
             first, stop, step = outputs.indices(columns)
             shape, strides = (rows, len(range(first, stop, step))), (columns, step)
         self._create(weight.data_ptr() + first * weight.element_size(), source, shape, strides, bias, dtype)
+
+    def fill(self, weight, transposed=False):
+        """Put other weights of the same shape in the place of these; not of a :meth:`mapped` layer."""
+        weight = weight.contiguous()
+        shape = weight.shape[::-1] if transposed else weight.shape
+        if shape != [self.in_features, self.out_features]:
+            raise ValueError(
+                f"weights {weight.shape} are not of a layer of {self.in_features} inputs and {self.out_features} outputs"
+            )
+        source = {paddle.bfloat16: 2, paddle.float32: 3}[weight.dtype]
+        strides = (1, weight.shape[1]) if transposed else (weight.shape[1], 1)
+        _call("linear_fill_run", self.handle, weight.data_ptr(), source, *strides)
 
     @classmethod
     def mapped(cls, packed, shape, bias=None, dtype="bfloat16"):

@@ -25,7 +25,7 @@ from paddlemix import device
 
 from .cpu import num_threads
 
-__all__ = ["Products", "attention", "gelu", "linear", "linear_for", "outer", "plain", "suits"]
+__all__ = ["Products", "attention", "gelu", "linear", "linear_for", "outer", "plain", "square", "suits"]
 
 active = None  # a Bfloat16Products, within its context
 
@@ -188,6 +188,22 @@ class _Linear(paddle.autograd.PyLayer):
         if ctx.learns[2]:
             of_bias = rows.sum(axis=0)
         return (of_x, of_weight, of_bias) if ctx.has_bias else (of_x, of_weight)
+
+
+def square(x):
+    """Sum of the squares of ``x``, a scalar float32 tensor without gradients, in threads and without other memory."""
+    if not suits(x.size, x):
+        return x.square().sum()
+    x = x.contiguous()
+    numbers = _array(x).reshape(-1)
+
+    step = 16 * _SLICE
+
+    def work(start):
+        part = numbers[start : start + step]
+        return float(np.dot(part, part))
+
+    return paddle.to_tensor(math.fsum(_pool(num_threads()).map(work, range(0, x.size, step))), "float32")
 
 
 def gelu(x):

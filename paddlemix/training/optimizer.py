@@ -16,6 +16,7 @@ import numpy as np
 import paddle
 
 from paddlemix import device
+from paddlemix.kernels import gemm
 from paddlemix.models.blocks.chat_model import ChatModel
 from paddlemix.parallel.launched import world_group
 
@@ -268,7 +269,7 @@ class Optimizer:
         else:
             square = paddle.zeros([], "float32")
             for gradient in gradients.values():
-                square = square + gradient.square().sum()
+                square = square + gemm.square(gradient)
         if self.stage:
             self.group.all_reduce(square)
         norm = math.sqrt(float(square)) / self.loss_scale if math.isfinite(float(square)) else math.nan
@@ -276,7 +277,11 @@ class Optimizer:
             limit = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
             factor = limit / self.loss_scale
             for name, master in self.masters.items():
-                gradient = gradients[name] * factor
+                gradient = gradients[name]
+                if factor != 1:
+                    gradient.scale_(factor)
+                if master.grad is not None and master.grad.data_ptr() == gradient.data_ptr():
+                    continue
                 master.grad = None  # or the new one is copied into it, wherever it is
                 master.grad = gradient.cpu() if self._offloads else gradient
             self._adamw.set_lr(learning_rate)

@@ -136,3 +136,20 @@ def test_the_processor_decides_and_is_named(monkeypatch):
         products = Bfloat16Products()
         assert products.packed == ("bfloat16" if has else None)
         assert bool(products.note) == (not has)
+
+
+@pytest.mark.skipif(len(PACKED) == 1, reason="the kernels do not work here")
+def test_packs_follow_the_weights_and_go_when_nobody_asks(monkeypatch):
+    monkeypatch.setattr(gemm, "_SMALL", 1000)
+    layer, frozen, x = Linear(64, 80), Linear(64, 80), paddle.to_tensor(normal(7, 64))
+    frozen.weight.stop_gradient = True
+    products = Bfloat16Products(PACKED[-1])
+    for seed in (1, 2):
+        layer.weight.set_value(normal(64, 80, seed=seed))
+        with products, paddle.no_grad():
+            y, _ = layer(x), frozen(x)
+        assert_near(y.numpy() - layer.bias.numpy(), rounded(normal(7, 64)) @ rounded(normal(64, 80, seed=seed)))
+        assert len(products._packs) == 2  # the one that learns is in its old place
+        products.forget()
+    products.forget()
+    assert [weight for weight, _ in products._packs.values()] == [frozen.weight]

@@ -146,6 +146,32 @@ def test_mlp(rng, dtype, rows, gated):
     assert_close(got, expected, dtype)
 
 
+@pytest.mark.parametrize("shape", [(34, 17), (896, 200), (130, 1000)])
+@pytest.mark.parametrize("source", ["float32", "bfloat16"])
+def test_other_weights_in_the_same_place(rng, dtype, shape, source):
+    first, second, x = (paddle.to_tensor(normal(rng, *s)) for s in (shape, shape, (70, shape[0])))
+    exact = second.astype(dtype).astype("float32") if source == "float32" else second.astype(source).astype("float32")
+    expected = x.astype(dtype).astype("float32").numpy().astype("float64") @ exact.numpy()
+    for turned in (False, True):
+        given = [(w.transpose([1, 0]) if turned else w).contiguous().astype(source) for w in (first, second)]
+        layer = cpu.PackedLinear(given[0], dtype=dtype, transposed=turned)
+        layer.fill(given[1], transposed=turned)
+        got = layer(x).numpy()
+        assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
+        assert np.array_equal(got, cpu.PackedLinear(given[1], dtype=dtype, transposed=turned)(x).numpy())
+        with pytest.raises(ValueError, match="are not of a layer of"):
+            layer.fill(given[1][:, 1:], transposed=turned)
+    with pytest.raises(RuntimeError, match="cannot be replaced"):
+        cpu.PackedLinear.mapped(_aligned(layer.packed), shape, dtype=dtype).fill(second)
+
+
+def _aligned(packed):
+    room = np.empty(packed.size + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    room[start : start + packed.size] = packed
+    return room[start : start + packed.size]
+
+
 def test_results_go_where_they_are_asked_for(rng, dtype):
     x, room = paddle.to_tensor(normal(rng, 2, 40, 64)), cpu.Room()
     up, down = (cpu.PackedLinear(paddle.to_tensor(normal(rng, *s)), dtype=dtype) for s in ((64, 192), (192, 64)))

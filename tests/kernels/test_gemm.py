@@ -117,3 +117,13 @@ def test_it_can_be_turned_off(monkeypatch):
     assert gemm.suits(10**9, x) and not gemm.suits(10, x) and not gemm.suits(10**9, x.astype("float64"))
     monkeypatch.setenv("PADDLEMIX_KERNELS", "plain")
     assert not gemm.suits(10**9, x)
+
+
+def test_sum_of_squares(monkeypatch):
+    monkeypatch.setattr(gemm, "_SMALL", 1000)
+    x = np.random.default_rng(0).standard_normal([3, 1_200_001]).astype("float32")
+    assert float(gemm.square(paddle.to_tensor(x))) == pytest.approx((x.astype("float64") ** 2).sum(), rel=1e-6)
+    x[1, 7] = np.inf
+    assert float(gemm.square(paddle.to_tensor(x))) == np.inf
+    x[2, 7] = np.nan
+    assert np.isnan(float(gemm.square(paddle.to_tensor(x))))
