@@ -104,6 +104,10 @@ def test_weights_are_packed_once_a_step(monkeypatch):
             made.append(weight.shape)
             super().__init__(weight, *args, **named)
 
+        def fill(self, weight, *args, **named):
+            made.append(weight.shape)
+            super().fill(weight, *args, **named)
+
     monkeypatch.setattr(bfloat16.cpu, "PackedLinear", Packed)
     learned, frozen = Linear(64, 80, bias=False), Linear(64, 80, bias=False)
     frozen.weight.stop_gradient = True
