@@ -119,10 +119,10 @@ class ShardedWeights:
                 self.parameters[name]._clear_data()
 
     def _with_weights(self, forward, names):
-        def gathered(*inputs):
+        def gathered(*inputs, **more):
             again = self._fetch(names[0])
             try:
-                return forward(*inputs)
+                return forward(*inputs, **more)
             finally:
                 if names[0] == self._last and not again and paddle.is_grad_enabled():
                     self._ahead[names[0]] = []  # here already: the backward pass begins with it
