@@ -23,6 +23,7 @@ __all__ = [
     "PARTS",
     "Quantised",
     "bytes_per_value",
+    "group_size",
     "joined",
     "pack",
     "quantise",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 BLOCK = 64
-GROUPS = (32, 64, 128)  # inputs of a group
+GROUPS = (32, 64, 128, 256)  # inputs of a group
 BITS = {"int8": 8, "int4": 4}
 PARTS = ("language", "projector", "vision")  # of a model, each of which can have its weights in fewer bits
 _ALL = slice(None)
@@ -117,6 +118,15 @@ class Quantised:
 def bytes_per_value(weight_dtype):
     """Memory of a value: its code, and its part of its group's scale and (of 4 bits) zero, float16 each."""
     return BITS[weight_dtype] / 8 + (4 if weight_dtype == "int4" else 2) / BLOCK
+
+
+def group_size(parameter, inputs, bits):
+    """Inputs of a group of a weight ``[out, inputs]`` that is rounded here, by the parameter's name.
+
+    Products of many rows are the faster the less often they scale; of the tower's weights no step reads a few rows.
+    """
+    wide = bits == 8 and parameter.startswith("vision_model.") and inputs % GROUPS[-1] == 0
+    return GROUPS[-1] if wide else BLOCK
 
 
 def padded(inputs, group):

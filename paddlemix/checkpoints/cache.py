@@ -30,7 +30,7 @@ from .contents import Location, OpenFiles, locate
 from .packed import grouped, outgoing, read
 from .safetensors_files import OutgoingTensor, write_safetensors
 
-VERSION = 1  # of the layout
+VERSION = 2  # of the layout
 MOST_BYTES = 20 << 30
 WORTHWHILE = 16 << 20  # bytes of weights below which rounding is as quick as the cache
 _SAMPLES = 64

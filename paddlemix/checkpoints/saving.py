@@ -7,6 +7,7 @@ import tempfile
 import numpy as np
 
 from paddlemix.errors import CheckpointError
+from paddlemix.quantised import group_size
 
 from .contents import OpenFiles, by_parameter, check_choices, clip, converted, fill, is_by_columns
 from .files import name_some
@@ -146,8 +147,8 @@ def convert_quantised(checkpoint, directory, bits, quantise, max_shard_size="5GB
         checkpoint: a :class:`Checkpoint` in floating point.
         directory, max_shard_size, dtype, progress: as in :func:`save_checkpoint`; ``dtype`` is that of the others.
         bits: ``{parameter: 8 or 4}``.
-        quantise: ``quantise(array [out, in], bits)`` gives a :class:`~paddlemix.quantised.Quantised`; the array is float32, or
-            uint16 with the bits of bfloat16.
+        quantise: ``quantise(array [out, in], bits, group_size)`` gives a :class:`~paddlemix.quantised.Quantised`; the array is
+            float32, or uint16 with the bits of bfloat16.
 
     Raises:
         CheckpointError: as of :func:`convert_checkpoint`, or the weights are in few bits already.
@@ -167,7 +168,8 @@ def convert_quantised(checkpoint, directory, bits, quantise, max_shard_size="5GB
             array = whole.numpy()
             array = array if whole.dtype in ("float32", "bfloat16") else convert_dtype(array, whole.dtype, "float32")
             array = np.ascontiguousarray(array.T) if sources[0].weight.linear else array
-            for number, (key, kind, values) in enumerate(outgoing(name, quantise(array, bits[name]))):
+            packed = quantise(array, bits[name], group_size(name, array.shape[1], bits[name]))
+            for number, (key, kind, values) in enumerate(outgoing(name, packed)):
                 path = os.path.join(room, f"{len(tensors)}-{number}.npy")
                 np.save(path, values)
                 tensors.append(OutgoingTensor(key, kind, values.shape, lambda path=path: [np.load(path)]))

@@ -16,6 +16,7 @@ struct Attention {
   const float* sinks;     // null: none; else one more logit for each head
   int64_t window;         // keys that a query sees, its own included; 0: all
   int64_t causal;
+  int64_t rounded;  // whether queries and keys may have 8 bits, each token's of a head by themselves
   float scale;
 };
 

@@ -5,11 +5,13 @@
 
 #include "attention.h"
 #include "few_pairs.h"
+#include "rounded.h"
 
 namespace {
 
 #ifdef PADDLEMIX_PAIRS
-constexpr int64_t kTileKeys = 64, kScores = 512;      // keys of a panel; scores of a query that are there at once
+constexpr int64_t kTileKeys = 64, kBlockKeys = 512;   // keys of a panel, and of a block, whose scores are there at once,
+constexpr int64_t kScores = kBlockKeys + kTileKeys;   // or with a panel that would be a block of its own
 constexpr int64_t kFewestRows = 32, kTaskTiles = 16;  // rows for which laying out pays; tiles of a thread's task
 
 bool suits_pairs(const Attention& a) {
@@ -17,13 +19,42 @@ bool suits_pairs(const Attention& a) {
 }
 
 // Keys [heads, panels of 64, width / 2, 64, 2] and values [heads, width / 64, keys / 2, 64, 2] in bfloat16, zeros behind the last.
+// Rounded keys instead are [heads, panels, width / 4, 64, 4] bytes with 128 added, and have a scale each, [heads, keys].
 struct LaidOut {
   int64_t padded, size;  // keys of a head with those that fill up, and numbers
-  bf16 *keys, *values;
+  bf16 *keys = nullptr, *values;
+  uint8_t* codes = nullptr;
+  float* scales = nullptr;
 
-  LaidOut(const Attention& a, Scratch& key_room, Scratch& value_room)
-      : padded(round_up(a.length, kTileKeys)), size(padded * a.width), keys(key_room.get<bf16>(a.batch * a.kv_heads * size)),
-        values(value_room.get<bf16>(a.batch * a.kv_heads * size)) {}
+  LaidOut(const Attention& a, Scratch& key_room, Scratch& value_room, Scratch& scale_room)
+      : padded(round_up(a.length, kTileKeys)), size(padded * a.width),
+        values(value_room.get<bf16>(a.batch * a.kv_heads * size)) {
+    const int64_t heads = a.batch * a.kv_heads;
+    if (kPanels && a.rounded) codes = key_room.get<uint8_t>(heads * size), scales = scale_room.get<float>(heads * padded);
+    else keys = key_room.get<bf16>(heads * size);
+  }
+
+#ifdef PADDLEMIX_PANELS
+  // The keys of a head from `first` on that are a panel.
+  void round_keys(const Attention& a, const float* k, int64_t head, int64_t first) const {
+    thread_local Scratch room;
+    int8_t* rounded = room.get<int8_t>(16 * a.width);
+    float total, *scale = scales + head * padded + first;
+    for (int64_t j = 0; j < kTileKeys; j += 16) {
+      for (int64_t i = 0; i < 16; ++i) {
+        const bool there = first + j + i < a.length;
+        if (!there) std::fill_n(rounded + i * a.width, a.width, int8_t(0));
+        scale[j + i] = there ? round_group(k + (first + j + i) * a.k_stride[1], a.width, 127, rounded + i * a.width, &total) : 0.f;
+      }
+      for (int64_t d = 0; d < a.width; d += kBlock) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < 16; ++i)
+          rows[i] = _mm512_xor_si512(_mm512_loadu_si512(rounded + i * a.width + d), _mm512_set1_epi8(char(0x80)));
+        store_turned(rows, codes + head * size + first * a.width + d * kTileKeys + 4 * j, 4 * kTileKeys);
+      }
+    }
+  }
+#endif
 
   template <class T>
   void fill(const Attention& a) const {
@@ -34,7 +65,11 @@ struct LaidOut {
       const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + kv * a.k_stride[2];
       const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + kv * a.v_stride[2];
       bf16 *to_keys = keys + head * size + first * a.width, *to_values = values + head * size + first * kTileOutputs;
-      for (int64_t d = 0; d < a.width; d += 32)
+#ifdef PADDLEMIX_PANELS
+      if constexpr (sizeof(T) == sizeof(float))
+        if (codes) round_keys(a, k, head, first);
+#endif
+      for (int64_t d = 0; d < a.width && !codes; d += 32)
         for (int64_t j = 0; j < kTileKeys; j += 16) {
           __m512i rows[16];
           for (int64_t i = 0; i < 16; ++i) {
@@ -55,11 +90,11 @@ struct LaidOut {
   }
 };
 
-// 2^x to 3e-6, which bfloat16 does not see; 0 of minus infinity.
+// 2^x to 8e-5, a fiftieth of what bfloat16 sees; 0 of minus infinity.
 inline __m512 power_of_two(__m512 x) {
   const __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF);
-  __m512 p = _mm512_set1_ps(0.013534168f);  // a polynomial whose largest relative error between 0 and 1 is least
-  for (const float c : {0.0520114611f, 0.241442756f, 0.693003835f, 1.00000259f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  __m512 p = _mm512_set1_ps(0.07802455f);  // a polynomial whose largest relative error between 0 and 1 is least
+  for (const float c : {0.22606718f, 0.69583349f, 0.99992523f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
   return _mm512_scalef_ps(p, x);
 }
 
@@ -67,8 +102,13 @@ inline __m512 power_of_two(__m512 x) {
 // `top`, and their sum. `top` grows to the largest.
 inline float weigh(float* scores, int64_t panels, int64_t low, int64_t visible, bf16* weights, float* top) {
   constexpr int64_t kStride = kTileRows * kTileKeys;
-  for (int64_t c = 0; c < low; ++c) scores[c / kTileKeys * kStride + c % kTileKeys] = -INFINITY;
-  for (int64_t c = visible; c < panels * kTileKeys; ++c) scores[c / kTileKeys * kStride + c % kTileKeys] = -INFINITY;
+  auto hide = [&](int64_t from, int64_t to) {
+    for (int64_t next; from < to; from = next) {
+      next = std::min(to, (from / kTileKeys + 1) * kTileKeys);
+      std::fill_n(scores + from / kTileKeys * kStride + from % kTileKeys, next - from, -INFINITY);
+    }
+  };
+  hide(0, low), hide(visible, panels * kTileKeys);
   __m512 peaks = _mm512_set1_ps(*top), sum = _mm512_setzero_ps();
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t c = 0; c < kTileKeys; c += 16) peaks = _mm512_max_ps(peaks, _mm512_loadu_ps(scores + p * kStride + c));
@@ -105,20 +145,37 @@ inline void score(int64_t width, const TileRows& queries, const bf16* panel, int
   for (int r = 0; r < kTileRows; ++r) _mm512_storeu_ps(y + r * kTileKeys, sums[r]);
 }
 
+// The same of rounded rows and keys.
+inline void score_bytes(int64_t width, const TileRows& queries, const uint8_t* panel, const float* scales, const TileRow* of_rows,
+                        float* y) {
+#ifdef PADDLEMIX_PANELS
+  PADDLEMIX_MULTIPLY_TILE("vpdpbusd", PADDLEMIX_BEGIN, "", PADDLEMIX_SCALES PADDLEMIX_EACH_ROW(PADDLEMIX_FIRST_SCALE, ""), queries,
+                          panel, 1, width / 4, scales, of_rows, y);
+#endif
+}
+
 // Up to six rows (queries, then the heads that share a key head).
-void attend_tile(const Attention& a, int64_t b, int64_t kv, int64_t first, int64_t rows, const bf16* keys, const bf16* values,
-                 int64_t padded) {
+void attend_tile(const Attention& a, const LaidOut& laid, int64_t b, int64_t kv, int64_t first, int64_t rows) {
   thread_local Scratch query_room, out_room;
+  const int64_t at_head = (b * a.kv_heads + kv) * laid.size, padded = laid.padded;
+  const bf16* values = laid.values + at_head;
   alignas(64) float scores[kTileRows * kScores];
   alignas(64) bf16 weights[kTileRows * kScores];
   const int64_t group = a.heads / a.kv_heads, width = a.width, past = a.length - a.queries;
   bf16* q = query_room.get<bf16>(kTileRows * width);
+  int8_t* bytes = reinterpret_cast<int8_t*>(q);
+  TileRow of_rows{};
   float *out = out_room.get<float>(kTileRows * width), top[kTileRows], total[kTileRows];  // out [width / 64, 6, 64]
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = first + r, head = kv * group + row % group;
     const float* from = a.q + b * a.q_stride[0] + row / group * a.q_stride[1] + head * a.q_stride[2];
     const __m512 scale = _mm512_set1_ps(a.scale * 1.44269504f);  // softmax in powers of 2
-    for (int64_t d = 0; d < width; d += 32) {
+    if (laid.codes) {
+      float sum;
+      of_rows.scale[r] = round_group(from, width, 127, bytes + r * width, &sum) * a.scale * 1.44269504f;
+      of_rows.begin[r] = -128 * int32_t(sum);
+    }
+    for (int64_t d = 0; d < width && !laid.codes; d += 32) {
       const __m512 one = _mm512_mul_ps(_mm512_loadu_ps(from + d), scale), two = _mm512_mul_ps(_mm512_loadu_ps(from + d + 16), scale);
       _mm512_storeu_si512(q + r * width + d, (__m512i)_mm512_cvtne2ps_pbh(two, one));
     }
@@ -126,7 +183,8 @@ void attend_tile(const Attention& a, int64_t b, int64_t kv, int64_t first, int64
   }
   std::fill(out, out + kTileRows * width, 0.f);
 
-  const TileRows queries = tile_rows(q, width * sizeof(bf16), rows), weighed = tile_rows(weights, kScores * sizeof(bf16), rows);
+  const TileRows queries = tile_rows(q, width * (laid.codes ? 1 : sizeof(bf16)), rows);
+  const TileRows weighed = tile_rows(weights, kScores * sizeof(bf16), rows);
   const int64_t start = a.starts ? a.starts[b] : 0;
   auto seen = [&](int64_t r, int64_t* low, int64_t* end) {
     const int64_t place = past + (first + r) / group;
@@ -135,10 +193,15 @@ void attend_tile(const Attention& a, int64_t b, int64_t kv, int64_t first, int64
   int64_t begin, none, end;
   seen(0, &begin, &none), seen(rows - 1, &none, &end);
   for (int64_t at = begin / kTileKeys * kTileKeys, next; at < end; at = next) {
-    next = (at / kScores + 1) * kScores;  // where blocks end is the same for all queries
+    next = (at / kBlockKeys + 1) * kBlockKeys;  // where blocks end is the same for all queries,
+    if (!a.causal && padded - next <= kTileKeys) next = padded;  // who may go on after them or not
     const int64_t panels = (std::min(next, round_up(end, kTileKeys)) - at) / kTileKeys;
-    for (int64_t p = 0; p < panels; ++p)
-      score(width, queries, keys + (at + p * kTileKeys) * width, end - at - p * kTileKeys, scores + p * kTileRows * kTileKeys);
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t key = at + p * kTileKeys, place = at_head + key * width;
+      float* y = scores + p * kTileRows * kTileKeys;
+      if (laid.codes) score_bytes(width, queries, laid.codes + place, laid.scales + at_head / width + key, &of_rows, y);
+      else score(width, queries, laid.keys + place, end - key, y);
+    }
     for (int64_t r = 0; r < rows; ++r) {
       int64_t low, last;
       seen(r, &low, &last);
@@ -179,8 +242,7 @@ void attend_pairs(const Attention& a, const LaidOut& heads) {
     const int64_t block = a.causal ? blocks - 1 - task / count : task % blocks;  // long rows first
     const int64_t head = a.causal ? task % count : task / blocks;
     for (int64_t row = block * kRows, end = std::min(rows, row + kRows); row < end; row += kTileRows)
-      attend_tile(a, head / a.kv_heads, head % a.kv_heads, row, std::min<int64_t>(kTileRows, end - row),
-                  heads.keys + head * heads.size, heads.values + head * heads.size, heads.padded);
+      attend_tile(a, heads, head / a.kv_heads, head % a.kv_heads, row, std::min<int64_t>(kTileRows, end - row));
   });
 }
 #endif

@@ -13,6 +13,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <vector>
 #include <sys/mman.h>
 
 #if defined(__AVX2__) && defined(__F16C__) && defined(__FMA__)
@@ -343,9 +344,9 @@ const void* prepare(const float* x, int64_t rows, int64_t width, const Norm& nor
 constexpr int64_t kChunk = 512;
 
 template <class F>
-void for_chunks(int64_t rows, F body) {
+void for_chunks(int64_t rows, F body, int64_t chunk = kChunk) {
   for (int64_t begin = 0; begin < rows;) {
-    int64_t left = rows - begin, count = left <= kChunk + kChunk / 4 ? left : kChunk;
+    int64_t left = rows - begin, count = left <= chunk + chunk / 4 ? left : chunk;
     body(begin, count);
     begin += count;
   }
@@ -358,6 +359,26 @@ void for_tasks(int64_t tasks, bool threaded, F body) {
   std::atomic<int64_t> next{0};
 #pragma omp parallel if (threaded && tasks > 1)
   for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task);
+}
+
+// body(task, take) for all tasks, each of all rows: take(&begin, &end) gives the next `step` of them that no thread has taken, or
+// false. Threads begin tasks as in for_tasks; when all are begun, they join those that have rows left.
+template <class F>
+void for_shared_tasks(int64_t tasks, int64_t rows, int64_t step, F body) {
+  std::vector<std::atomic<int64_t>> taken(tasks);
+  std::atomic<int64_t> next{0};
+#pragma omp parallel
+  {
+    auto run = [&](int64_t task) {
+      body(task, [&](int64_t* begin, int64_t* end) {
+        *begin = taken[task].fetch_add(step), *end = std::min(*begin + step, rows);
+        return *begin < rows;
+      });
+    };
+    for (int64_t task; (task = next.fetch_add(1)) < tasks;) run(task);
+    for (int64_t task = tasks; task-- > 0;)
+      if (rows - taken[task] > step) run(task);  // for less it does not pay
+  }
 }
 
 // Runs the body with the asked number of threads and gives Paddle its own number back.

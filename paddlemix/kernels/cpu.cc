@@ -209,10 +209,11 @@ const char* attention_run(int threads, const Attention* shapes, int kv_type, int
   return guarded(threads, [&] {
     Attention a = *shapes;
     if (dtype == kF32) return attend_all<float>(a);
-    thread_local Scratch keys, values;
+    thread_local Scratch keys, values, scales;
 #ifdef PADDLEMIX_PAIRS
     if (suits_pairs(a)) {
-      const LaidOut heads{a, keys, values};
+      a.rounded = a.rounded && kv_type == kF32;
+      const LaidOut heads{a, keys, values, scales};
       kv_type == kF32 ? heads.fill<float>(a) : heads.fill<bf16>(a);
       return attend_pairs(a, heads);
     }

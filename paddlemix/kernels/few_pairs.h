@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kPanelOutputs = 64, kPanelInputs = 32;  // outputs of a panel; a multiple of inputs, the rest zeros
+constexpr int64_t kPanelInputs = 32;  // a panel's inputs come in multiples of these, the rest zeros
 
 // Where weight (i, j) of k inputs is.
 inline int64_t place_in_pairs(int64_t k, int64_t i, int64_t j) {

@@ -4,24 +4,14 @@
 
 #include "rounded.h"
 
-#if defined(PADDLEMIX_TILE) && defined(__AVX512VNNI__)
-#define PADDLEMIX_PANELS
-#endif
-
 namespace {
 
-#ifdef PADDLEMIX_PANELS
-constexpr bool kPanels = true;
-#else
-constexpr bool kPanels = false;
-#endif
-constexpr int64_t kPanelOutputs = 64;
-
-#ifdef PADDLEMIX_PANELS
 struct Panel {
-  const uint8_t* codes;          // [padded / 4, 64, 4], of 8 bits with 128 added
+  const uint8_t* codes;         // [padded / 4, 64, 4], of 8 bits with 128 added
   const float *scales, *zeros;  // [groups, 64]; zeros, of 4 bits alone, times scales
 };
+
+#ifdef PADDLEMIX_PANELS
 
 // Codes of a block in the order of the inputs, those of 8 bits with 128 added.
 inline __m512i unsigned_block(const uint8_t* codes, int64_t bits) {
@@ -41,21 +31,26 @@ inline __m512i unsigned_block(const uint8_t* codes, int64_t bits) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(half[0]), half[1], 1);
 }
 
-// Outputs first to last, at most 64, into memory that the thread keeps; those that lack are zeros.
-Panel make_panel(const Quantised& w, int64_t first, int64_t last) {
-  thread_local Scratch code_room, scale_room;
+// Outputs first to last, at most 64, into `codes` [padded, 64] and `scales` [2, groups, 64]; those that lack are zeros.
+Panel make_panel(const Quantised& w, int64_t first, int64_t last, uint8_t* codes, float* scales) {
   const int64_t count = last - first, groups = w.groups();
-  uint8_t* codes = code_room.get<uint8_t>(w.padded * kPanelOutputs);
-  float* scales = scale_room.get<float>(2 * groups * kPanelOutputs);
   float* zeros = scales + groups * kPanelOutputs;
   if (count < kPanelOutputs) std::fill(scales, scales + 2 * groups * kPanelOutputs, 0.f);
+  constexpr int64_t kInputs = 1024;  // that are read of an output before the next, for processors fetch ahead what is read in order
+  alignas(64) uint8_t rows[16][kInputs];
   for (int64_t j = 0; j < kPanelOutputs; j += 16)
-    for (int64_t at = 0; at < w.padded; at += kBlock) {
-      __m512i blocks[16];
+    for (int64_t begin = 0, inputs; begin < w.padded; begin += inputs) {
+      inputs = std::min(kInputs, w.padded - begin);
       for (int64_t i = 0; i < 16; ++i)
-        blocks[i] = first + j + i < last ? unsigned_block(w.codes + (first + j + i) * w.row_bytes() + at * w.bits / 8, w.bits)
-                                         : _mm512_setzero_si512();
-      store_turned(blocks, codes + at * kPanelOutputs + 4 * j, 4 * kPanelOutputs);
+        for (int64_t at = 0; at < inputs; at += kBlock) {
+          const uint8_t* from = w.codes + (first + j + i) * w.row_bytes() + (begin + at) * w.bits / 8;
+          _mm512_store_si512(rows[i] + at, first + j + i < last ? unsigned_block(from, w.bits) : _mm512_setzero_si512());
+        }
+      for (int64_t at = 0; at < inputs; at += kBlock) {
+        __m512i blocks[16];
+        for (int64_t i = 0; i < 16; ++i) blocks[i] = _mm512_load_si512(rows[i] + at);
+        store_turned(blocks, codes + (begin + at) * kPanelOutputs + 4 * j, 4 * kPanelOutputs);
+      }
     }
   for (int64_t j = 0; j < count; ++j)
     for (int64_t g = 0, from = (first + j) * groups; g < groups; ++g) {
@@ -70,51 +65,84 @@ Panel make_panel(const Quantised& w, int64_t first, int64_t last) {
 template <int kBits, int kGroup>
 inline void multiply_panel(const Quantised& w, const Panel& panel, const Rounded& x, int64_t row, int64_t rows, float* y) {
   const TileRow* of_rows = x.tiles + row / kTileRows * w.groups();
+  TileRows values = tile_rows(x.bytes + row * w.padded, w.padded, rows);
   if (kBits == 8) {
-    std::fill(y, y + kTileRows * kTileOutputs, 0.f);
-  } else {  // what zeros take away
-    const TileRows sums = tile_rows(x.sum + row * x.stride, x.stride * sizeof(float), rows);
-    PADDLEMIX_MULTIPLY_TILE("vfnmadd231ps", PADDLEMIX_CLEAR, "", PADDLEMIX_EACH_ROW(PADDLEMIX_STORE, ""), sums, panel.zeros, 1,
-                            w.groups(), panel.scales, of_rows, y);
-  }
-  const TileRows values = tile_rows(x.bytes + row * w.padded, w.padded, rows);
-  if (kBits == 8)
+    PADDLEMIX_MULTIPLY_TILE("vpdpbusd", PADDLEMIX_BEGIN, "", PADDLEMIX_SCALES PADDLEMIX_EACH_ROW(PADDLEMIX_FIRST_SCALE, ""), values,
+                            panel.codes, 1, kGroup / 4, panel.scales, of_rows, y);
+    if (w.groups() == 1) return;
+    for (const char*& at : values) at += kGroup;
     PADDLEMIX_MULTIPLY_TILE("vpdpbusd", PADDLEMIX_BEGIN, "", PADDLEMIX_SCALES PADDLEMIX_EACH_ROW(PADDLEMIX_SCALE, ""), values,
-                            panel.codes, w.groups(), kGroup / 4, panel.scales, of_rows, y);
-  else
-    PADDLEMIX_MULTIPLY_TILE("vpdpbusd", PADDLEMIX_CLEAR, "", PADDLEMIX_SCALES PADDLEMIX_EACH_ROW(PADDLEMIX_SCALE, ""), values,
-                            panel.codes, w.groups(), kGroup / 4, panel.scales, of_rows, y);
+                            panel.codes + kGroup * kPanelOutputs, w.groups() - 1, kGroup / 4, panel.scales + kPanelOutputs,
+                            of_rows + 1, y);
+    return;
+  }
+  // What zeros take away, then the products.
+  const TileRows sums = tile_rows(x.sum + row * x.stride, x.stride * sizeof(float), rows);
+  PADDLEMIX_MULTIPLY_TILE("vfnmadd231ps", PADDLEMIX_CLEAR, "", PADDLEMIX_EACH_ROW(PADDLEMIX_STORE, ""), sums, panel.zeros, 1,
+                          w.groups(), panel.scales, of_rows, y);
+  PADDLEMIX_MULTIPLY_TILE("vpdpbusd", PADDLEMIX_CLEAR, "", PADDLEMIX_SCALES PADDLEMIX_EACH_ROW(PADDLEMIX_SCALE, ""), values,
+                          panel.codes, w.groups(), kGroup / 4, panel.scales, of_rows, y);
 }
 
-template <int kBits, int kGroup>
-void panel_in(const Quantised& w, const Rounded& x, int64_t begin, int64_t end, int64_t first, int64_t last, float* out,
-              int64_t stride) {
-  const Panel panel = make_panel(w, first, last);
-  alignas(64) float sums[kTileRows * kTileOutputs];
-  for (int64_t row = begin, rows; row < end; row += rows) {
-    rows = std::min<int64_t>(kTileRows, end - row);
-    multiply_panel<kBits, kGroup>(w, panel, x, row, rows, sums);
-    for (int64_t r = 0; r < rows; ++r) {
-      float *to = out + (row + r) * stride, *from = sums + r * kPanelOutputs;
-#pragma omp simd
-      for (int64_t n = 0; n < last - first; ++n) to[n] = from[n] * w.factors[first + n];
-      if (w.bias)
-#pragma omp simd
-        for (int64_t n = 0; n < last - first; ++n) to[n] += w.bias[first + n];
+// What sums of a panel become, 64 or fewer outputs of a row: y = sums * factors + bias + add, which may be null.
+inline void finish_row(const float* sums, const float* factors, const float* bias, const float* add, int64_t count, float* y) {
+  for (int64_t n = 0; n < count; n += 16) {
+    const __mmask16 mask = count - n < 16 ? (1 << (count - n)) - 1 : 0xffff;
+    __m512 v = _mm512_fmadd_ps(_mm512_load_ps(sums + n), _mm512_load_ps(factors + n), _mm512_load_ps(bias + n));
+    if (add) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(mask, add + n));
+    _mm512_mask_storeu_ps(y + n, mask, v);
+  }
+}
+
+// The rows begin to end times the outputs first to last, in the panels from `made` on, plus add [rows, n] if it is not null. A
+// row's outputs from `output` on go where to(row, output) says.
+template <int kBits, int kGroup, class F>
+void panels_in(const Quantised& w, const Panel* made, const Rounded& x, int64_t begin, int64_t end, int64_t first, int64_t last,
+               const float* add, F to) {
+  alignas(64) float sums[kTileRows * kTileOutputs], factors[kPanelOutputs] = {}, bias[kPanelOutputs] = {};
+  for (int64_t at = first; at < last; at += kPanelOutputs, ++made) {
+    const int64_t outputs = std::min(kPanelOutputs, last - at);
+    std::copy_n(w.factors + at, outputs, factors);
+    if (w.bias) std::copy_n(w.bias + at, outputs, bias);
+    for (int64_t row = begin, rows; row < end; row += rows) {
+      rows = std::min<int64_t>(kTileRows, end - row);
+      multiply_panel<kBits, kGroup>(w, *made, x, row, rows, sums);
+      for (int64_t r = 0; r < rows; ++r)
+        finish_row(sums + r * kPanelOutputs, factors, bias, add ? add + (row + r) * w.n + at : nullptr, outputs, to(row + r, at));
     }
   }
 }
 #endif
 
-// Outputs first to last, at most 64, of rows whose bytes are in the order of the inputs: out[row * stride + output - first].
-void panel_of(const Quantised& w, const Rounded& x, int64_t begin, int64_t end, int64_t first, int64_t last, float* out,
-              int64_t stride) {
+// Panels of the outputs first to last, in `room`.
+struct Panels {
+  const Quantised& w;
+  int64_t first, last;
+  Panel* made = nullptr;
+
+  Panels(const Quantised& weight, int64_t from, int64_t to, Scratch& room) : w(weight), first(from), last(to) {
 #ifdef PADDLEMIX_PANELS
-  auto run = [&](auto of4, auto of8) { (w.bits == 4 ? of4 : of8)(w, x, begin, end, first, last, out, stride); };
-  if (w.group == 32) run(panel_in<4, 32>, panel_in<8, 32>);
-  else if (w.group == 64) run(panel_in<4, 64>, panel_in<8, 64>);
-  else run(panel_in<4, 128>, panel_in<8, 128>);
+    const int64_t count = (last - first + kPanelOutputs - 1) / kPanelOutputs, scales = 2 * w.groups() * kPanelOutputs;
+    const int64_t one = w.padded * kPanelOutputs + scales * sizeof(float);  // a multiple of 64
+    uint8_t* at = room.get<uint8_t>(count * (one + sizeof(Panel)));
+    made = reinterpret_cast<Panel*>(at + count * one);
+    for (int64_t i = 0; i < count; ++i, at += one)
+      made[i] = make_panel(w, first + i * kPanelOutputs, std::min(first + (i + 1) * kPanelOutputs, last), at,
+                           reinterpret_cast<float*>(at + w.padded * kPanelOutputs));
 #endif
-}
+  }
+
+  // As panels_in, of rows whose bytes are in the order of the inputs.
+  template <class F>
+  void multiply(const Rounded& x, int64_t begin, int64_t end, const float* add, F to) const {
+#ifdef PADDLEMIX_PANELS
+    auto run = [&](auto of4, auto of8) { (w.bits == 4 ? of4 : of8)(w, made, x, begin, end, first, last, add, to); };
+    if (w.group == 32) run(panels_in<4, 32, F>, panels_in<8, 32, F>);
+    else if (w.group == 64) run(panels_in<4, 64, F>, panels_in<8, 64, F>);
+    else if (w.group == 128) run(panels_in<4, 128, F>, panels_in<8, 128, F>);
+    else run(panels_in<4, 256, F>, panels_in<8, 256, F>);
+#endif
+  }
+};
 
 }  // namespace

@@ -15,10 +15,13 @@ inline void put(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 inline void put(bf16* to, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
+constexpr int64_t kMostInGroup = 256;
+constexpr int64_t kManyRows = kPanels ? 2048 : kChunk;  // for which codes are laid out once
 constexpr int64_t kFewRows = 32;    // up to these, rows go through the kernel here, else through oneDNN
 constexpr int64_t kStrip = 16;      // outputs that a thread computes at a time
 constexpr int64_t kRows = 32;       // of many rows in 8 bits, those that a thread computes at a time, which its cache holds,
 constexpr int64_t kOutputs = 256;   // and their outputs
+constexpr int64_t kRowsOfPanels = 48;  // those that a thread takes at a time where codes are laid out; a multiple of six
 constexpr int64_t kPanel = 1 << 20;  // values that are unpacked for a call of oneDNN
 
 template <class F>
@@ -31,25 +34,34 @@ void for_strips(int64_t n, F body) {
 template <class F>
 void for_tiles(int64_t m, int64_t n, F body) {
   if (m <= kFewRows) return for_strips(n, [&](int64_t first, int64_t last) { body(0, m, first, last); });
-  const int64_t rows = kPanels ? m : kRows, outputs = kPanels ? kPanelOutputs : kOutputs;
-  const int64_t across = (n + outputs - 1) / outputs, tasks = (m + rows - 1) / rows * across;
+  const int64_t across = (n + kOutputs - 1) / kOutputs, tasks = (m + kRows - 1) / kRows * across;
   for_tasks(tasks, true, [&](int64_t task) {
-    const int64_t begin = task / across * rows, first = task % across * outputs;
-    body(begin, std::min(begin + rows, m), first, std::min(first + outputs, n));
+    const int64_t begin = task / across * kRows, first = task % across * kOutputs;
+    body(begin, std::min(begin + kRows, m), first, std::min(first + kOutputs, n));
   });
 }
 
 bool in_panels(int64_t m) { return kPanels && m > kFewRows; }
 
-void outputs(const Quantised& w, const Rounded& x, int64_t m, int64_t begin, int64_t end, int64_t first, int64_t last, float* out) {
-  if (in_panels(m)) panel_of(w, x, begin, end, first, last, out + first, w.n);
-  else outputs_of(w, x, begin, end, first, last, out, w.n);
+// out = x @ w + bias + add of rounded rows for panels, in float32.
+void multiply_panels(const Quantised& w, const Rounded& x, int64_t m, const float* add, float* out) {
+  const int64_t width = w.padded <= 4096 ? 2 * kPanelOutputs : kPanelOutputs;  // half of a second-level cache
+  for_shared_tasks((w.n + width - 1) / width, m, kRowsOfPanels, [&](int64_t task, auto take) {
+    thread_local Scratch room;
+    const int64_t first = task * width;
+    const Panels panel(w, first, std::min(first + width, w.n), room);
+    for (int64_t begin, end; take(&begin, &end);)
+      panel.multiply(x, begin, end, add, [&](int64_t row, int64_t at) { return out + row * w.n + at; });
+  });
 }
 
 // out = activation(x @ w + bias) + add of rounded rows, in float32.
 void multiply_rounded(const Quantised& w, const Rounded& x, int64_t m, int activation, const float* add, float* out) {
+  const bool panels = in_panels(m);
+  if (panels) multiply_panels(w, x, m, activation == kNone ? add : nullptr, out);
+  if (panels && activation == kNone) return;
   for_tiles(m, w.n, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    outputs(w, x, m, begin, end, first, last, out);
+    if (!panels) outputs_of(w, x, begin, end, first, last, out, w.n);
     for (int64_t row = begin; row < end; ++row) {
       float* y = out + row * w.n;
       activate(y + first, last - first, activation);
@@ -81,36 +93,43 @@ void rounded_mlp(const Quantised* gate, const Quantised& up, const Quantised& do
                               !up.order);
   const Rounded for_gate = same ? rounded : round_rows(*gate, x, m, norm, panels, gate_values, gate_numbers);
   if (panels && down.bytes() && !down.order && up.n == down.k) {
-    // What comes out of some outputs is rounded at once, before it leaves the cache.
+    // What comes out of some outputs for some rows is rounded at once, before it leaves the cache.
     const Rounded next = rounded_room(down, m, true, down_values, down_numbers);
     const int64_t width = std::max(kPanelOutputs, down.group), tasks = (down.padded + width - 1) / width;
-    for_tasks(tasks, true, [&](int64_t task) {
-      thread_local Scratch up_room, gate_room;
-      const int64_t first = task * width, last = std::min(first + width, down.padded);
-      float *y = up_room.get<float>(m * width), *g = gate ? gate_room.get<float>(m * width) : nullptr;
-      if (last > up.n) std::fill(y, y + m * width, 0.f);
-      for (int64_t at = first; at < std::min(last, up.n); at += kPanelOutputs) {
-        const int64_t end = std::min(at + kPanelOutputs, up.n);
-        panel_of(up, rounded, 0, m, at, end, y + at - first, width);
-        if (!gate) continue;
-        panel_of(*gate, for_gate, 0, m, at, end, g + at - first, width);
+    for_shared_tasks(tasks, m, kRowsOfPanels, [&](int64_t task, auto take) {
+      thread_local Scratch up_room, gate_room, of_up, of_gate;
+      const int64_t first = task * width, count = std::max<int64_t>(0, std::min(width, up.n - first));
+      const int64_t groups = (std::min(width, down.padded - first) + down.group - 1) / down.group;
+      float *y = up_room.get<float>(kRowsOfPanels * width), *g = gate ? gate_room.get<float>(kRowsOfPanels * width) : nullptr;
+      std::fill(y, y + kRowsOfPanels * width, 0.f);  // those behind the outputs stay so
+      auto into = [&](float* to, int64_t begin) {
+        return [=](int64_t row, int64_t at) { return to + (row - begin) * width + at - first; };
+      };
+      const Panels ups(up, first, first + count, of_up);
+      const Panels gates(gate ? *gate : up, first, gate ? first + count : first, of_gate);
+      for (int64_t begin, end; take(&begin, &end);) {
+        ups.multiply(rounded, begin, end, nullptr, into(y, begin));
+        if (gate) gates.multiply(for_gate, begin, end, nullptr, into(g, begin));
+        combine(g, y, 0, end - begin, width, count, activation);
+        for (int64_t row = begin; row < end; ++row)
+          for (int64_t group = 0; group < groups; ++group) {
+            float total;
+            const float* from = y + (row - begin) * width + group * down.group;
+            int8_t* bytes = next.bytes + row * down.padded + first + group * down.group;
+            const float scale = round_group(from, down.group, 127, bytes, &total);
+            next.note(row, first / down.group + group, scale, total);
+          }
       }
-      combine(g, y, 0, m, width, std::min(last, up.n) - first, activation);
-      for (int64_t row = 0; row < m; ++row)
-        for (int64_t at = first; at < last; at += down.group) {
-          float total;
-          const float* from = y + row * width + at - first;
-          const float scale = round_group(from, down.group, 127, next.bytes + row * down.padded + at, &total);
-          next.note(row, at / down.group, scale, total);
-        }
     });
     return multiply_rounded(down, next, m, kNone, residual, out);
   }
   float* h = hidden.get<float>(m * up.n);
   float* g = gate ? gates.get<float>(m * up.n) : nullptr;
+  if (panels) multiply_panels(up, rounded, m, nullptr, h);
+  if (panels && gate) multiply_panels(*gate, for_gate, m, nullptr, g);
   for_tiles(m, up.n, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    outputs(up, rounded, m, begin, end, first, last, h);
-    if (gate) outputs(*gate, for_gate, m, begin, end, first, last, g);
+    if (!panels) outputs_of(up, rounded, begin, end, first, last, h, up.n);
+    if (!panels && gate) outputs_of(*gate, for_gate, begin, end, first, last, g, up.n);
     combine(g ? g + first : nullptr, h + first, begin, end, up.n, last - first, activation);
   });
   multiply_rounded(down, round_rows(down, h, m, Norm{}, panels, down_values, down_numbers), m, kNone, residual, out);
@@ -201,7 +220,7 @@ void fit_group(const float* values, int64_t count, int64_t bits, int16_t* codes,
     for (int64_t i = 0; i < count; ++i) codes[i] = int16_t(std::min(127.f, std::max(-127.f, std::nearbyint(values[i] / scale))));
     return;
   }
-  float best = INFINITY, code[128];
+  float best = INFINITY, code[kMostInGroup];
   for (float shrink : {1.0f, 0.9f, 0.8f}) {
     const float middle = (low + high) / 2, width = high - low;
     float scale = width > 0 ? width * shrink / 15 : middle != 0 ? std::fabs(middle) : 1.f;
@@ -249,7 +268,7 @@ const char* quantised_linear_run(int threads, const Quantised* w, const float* x
       if (m > kFewRows && !w->bytes())
         return many(*w, rows, prepare(from, rows, w->k, norm, w->dtype, input), activation, nullptr, add, to, kF32);
       multiply_rounded(*w, round_rows(*w, from, rows, norm, in_panels(rows), values, numbers), rows, activation, add, to);
-    });
+    }, w->bytes() ? kManyRows : kChunk);
   });
 }
 
@@ -263,7 +282,7 @@ const char* quantised_mlp_run(int threads, const Quantised* gate, const Quantise
     for_chunks(m, [&](int64_t begin, int64_t rows) {
       rounded_mlp(gate, *up, *down, x + begin * up->k, rows, norm, activation, residual ? residual + begin * down->n : nullptr,
                   out + begin * down->n);
-    });
+    }, kManyRows);
   });
 }
 

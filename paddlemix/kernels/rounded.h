@@ -95,6 +95,22 @@ inline void interleave(const int8_t* from, int64_t bits, int8_t* to) {
 template <class T>
 inline float round_group(const float* from, int64_t count, int32_t most, T* to, float* total) {
   float top = 0;
+#ifdef PADDLEMIX_TILE  // g++ 12 keeps what the loops below reduce in memory
+  __m512 tops = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) tops = _mm512_max_ps(_mm512_abs_ps(_mm512_loadu_ps(from + i)), tops);
+  top = _mm512_reduce_max_ps(tops);
+  const __m512 factor = _mm512_set1_ps(top > 0 ? most / top : 0.f);
+  __m512i sums = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    const __m512 shifted = _mm512_fmadd_ps(_mm512_loadu_ps(from + i), factor, _mm512_set1_ps(12582912.f));  // to the nearest
+    const __m512i whole = _mm512_sub_epi32(_mm512_castps_si512(shifted), _mm512_set1_epi32(0x4b400000));
+    sums = _mm512_add_epi32(sums, whole);
+    if (sizeof(T) == 1) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), _mm512_cvtepi32_epi8(whole));
+    else _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), _mm512_cvtepi32_epi16(whole));
+  }
+  *total = _mm512_reduce_add_epi32(sums);
+  return top / most;
+#endif
 #pragma omp simd reduction(max : top)
   for (int64_t i = 0; i < count; ++i) top = std::fabs(from[i]) > top ? std::fabs(from[i]) : top;
   const float inverse = top > 0 ? most / top : 0.f;
@@ -272,7 +288,7 @@ constexpr bool kFourAtOnce = false;
 #endif
 
 // As output(), for activations in 8 bits. Without VNNI the products of a group's codes of 4 bits are added in 16 bits, at most
-// 4 * 2 * 15 * 127 of them, before they become 32.
+// 8 * 2 * 15 * 127 of them, before they become 32.
 template <int kBits, int kGroup, int R>
 void output_of_bytes(const Quantised& w, int64_t n, const Rounded& x, int64_t row, float* room, float* out) {
   constexpr int kBlocks = kGroup > kBlock ? kGroup / kBlock : 1;
@@ -387,7 +403,8 @@ void outputs_of(const Quantised& w, const Rounded& x, int64_t begin, int64_t end
   auto run = [&](auto of4, auto of8) { (w.bits == 4 ? of4 : of8)(w, x, begin, end, first, last, out, stride); };
   if (w.group == 32) run(outputs_in<4, 32>, outputs_in<8, 32>);
   else if (w.group == 64) run(outputs_in<4, 64>, outputs_in<8, 64>);
-  else run(outputs_in<4, 128>, outputs_in<8, 128>);
+  else if (w.group == 128) run(outputs_in<4, 128>, outputs_in<8, 128>);
+  else run(outputs_in<4, 256>, outputs_in<8, 256>);
 }
 
 }  // namespace

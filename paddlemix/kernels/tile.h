@@ -6,9 +6,21 @@
 #include <array>
 #include <cstdint>
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define PADDLEMIX_TILE
+#endif
+
 namespace {
 
 constexpr int kTileRows = 6, kTileOutputs = 64;
+constexpr int64_t kPanelOutputs = kTileOutputs;  // of weights that are laid out for tiles
+
+#if defined(PADDLEMIX_TILE) && defined(__AVX512VNNI__)
+#define PADDLEMIX_PANELS  // and of bytes
+constexpr bool kPanels = true;
+#else
+constexpr bool kPanels = false;
+#endif
 
 struct TileRow {  // of a group of each of six rows, and of two more
   float scale[8];
@@ -17,9 +29,7 @@ struct TileRow {  // of a group of each of six rows, and of two more
 
 }  // namespace
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
-#define PADDLEMIX_TILE
-
+#ifdef PADDLEMIX_TILE
 #include <immintrin.h>
 
 namespace {
@@ -66,8 +76,8 @@ inline void store_turned(__m512i* v, uint8_t* out, int64_t stride) {
   "vmovups 128+256*" row "(%[out]), %%zmm" c "\nvmovups 192+256*" row "(%[out]), %%zmm" d "\n"
 // or with a whole number of the row.
 #define PADDLEMIX_BEGIN(more, row, factor, a, b, c, d) \
-  "vpbroadcastd 32+4*" row "(%[of_rows]), %%zmm" a "\nvpbroadcastd 32+4*" row "(%[of_rows]), %%zmm" b "\n" \
-  "vpbroadcastd 32+4*" row "(%[of_rows]), %%zmm" c "\nvpbroadcastd 32+4*" row "(%[of_rows]), %%zmm" d "\n"
+  "vpbroadcastd 32+4*" row "(%[of_rows]), %%zmm" a "\nvmovdqa64 %%zmm" a ", %%zmm" b "\n" \
+  "vmovdqa64 %%zmm" a ", %%zmm" c "\nvmovdqa64 %%zmm" a ", %%zmm" d "\n"
 #define PADDLEMIX_ADD(instruction, row, factor, a, b, c, d) \
   "vpbroadcastd (%[r" row "],%[at]), %%zmm" factor "\n" \
   instruction " %%zmm" factor ", %%zmm24, %%zmm" a "\n" instruction " %%zmm" factor ", %%zmm25, %%zmm" b "\n" \
@@ -79,12 +89,20 @@ inline void store_turned(__m512i* v, uint8_t* out, int64_t stride) {
 // or with sums of whole numbers that are added, times scales of outputs and rows.
 #define PADDLEMIX_SCALES \
   "vmovups (%[scales]), %%zmm24\nvmovups 64(%[scales]), %%zmm25\nvmovups 128(%[scales]), %%zmm26\nvmovups 192(%[scales]), %%zmm27\n"
+#define PADDLEMIX_FRACTION(factor, a) "vcvtdq2ps %%zmm" a ", %%zmm" a "\nvmulps %%zmm" factor ", %%zmm" a ", %%zmm" a "\n"
 #define PADDLEMIX_SCALED(row, factor, place, scale, a) \
-  "vcvtdq2ps %%zmm" a ", %%zmm" a "\nvmulps %%zmm" factor ", %%zmm" a ", %%zmm" a "\n" \
-  "vfmadd213ps " place "+256*" row "(%[out]), %%zmm" scale ", %%zmm" a "\nvmovups %%zmm" a ", " place "+256*" row "(%[out])\n"
+  PADDLEMIX_FRACTION(factor, a) "vfmadd213ps " place "+256*" row "(%[out]), %%zmm" scale ", %%zmm" a "\n" \
+  "vmovups %%zmm" a ", " place "+256*" row "(%[out])\n"
 #define PADDLEMIX_SCALE(more, row, factor, a, b, c, d) \
   "vbroadcastss 4*" row "(%[of_rows]), %%zmm" factor "\n" PADDLEMIX_SCALED(row, factor, "0", "24", a) \
   PADDLEMIX_SCALED(row, factor, "64", "25", b) PADDLEMIX_SCALED(row, factor, "128", "26", c) PADDLEMIX_SCALED(row, factor, "192", "27", d)
+// The same where nothing is to be added to.
+#define PADDLEMIX_FIRST_SCALED(row, factor, place, scale, a) \
+  PADDLEMIX_FRACTION(factor, a) "vmulps %%zmm" scale ", %%zmm" a ", %%zmm" a "\nvmovups %%zmm" a ", " place "+256*" row "(%[out])\n"
+#define PADDLEMIX_FIRST_SCALE(more, row, factor, a, b, c, d) \
+  "vbroadcastss 4*" row "(%[of_rows]), %%zmm" factor "\n" PADDLEMIX_FIRST_SCALED(row, factor, "0", "24", a) \
+  PADDLEMIX_FIRST_SCALED(row, factor, "64", "25", b) PADDLEMIX_FIRST_SCALED(row, factor, "128", "26", c) \
+  PADDLEMIX_FIRST_SCALED(row, factor, "192", "27", d)
 
 // For each group `begin`, then `step_count` times what `instruction` adds of four bytes of each of six rows and four of each of 64
 // outputs, then `finish`; `fetch` is what else is done in a step. weights [groups * steps, 64, 4 bytes], scales [groups, 64] floats,

@@ -23,10 +23,10 @@ def roundings(monkeypatch, tmp_path):
     monkeypatch.setattr(cache, "store_later", lambda *args: (thread := store(*args)) and thread.join())
     plain = quantising.rounded
 
-    def noted(weight, bits):
+    def noted(weight, bits, *more):
         if isinstance(weight, np.ndarray):
             found.append(bits)
-        return plain(weight, bits)
+        return plain(weight, bits, *more)
 
     monkeypatch.setattr(quantising, "rounded", noted)
     return found

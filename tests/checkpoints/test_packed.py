@@ -186,6 +186,12 @@ def test_converted_checkpoints_are_mapped_and_answer_as_those_rounded_while_they
     rounded = InternVLChatModel.from_pretrained(source, weight_dtype=weight_dtype, quantize_parts="language,projector,vision")
     mapped = InternVLChatModel.from_pretrained(target)
     assert mapped.quantised_layers.keys() == rounded.quantised_layers.keys()
+    groups = {name: layer.quantised.group for name, layer in mapped.quantised_layers.items()}
+    # Of the tower's weights of 8 bits those of 256 inputs, or twice as many, have a scale for as many.
+    wide = {
+        name for name in groups if name.startswith("vision_model.") and name.endswith("fc2.weight") and weight_dtype == "int8"
+    }
+    assert wide == {name for name, group in groups.items() if group == 256} and set(groups.values()) <= {64, 256}
     for key, layer in mapped.quantised_layers.items():
         arrays, expected = layer.quantised.arrays(), rounded.quantised_layers[key].quantised.arrays()
         assert arrays.keys() == expected.keys()

@@ -15,6 +15,7 @@ import paddle
 import pytest
 
 from paddlemix.kernels import cpu
+from paddlemix.quantised import rounded_activations
 
 TOLERANCE = {"bfloat16": 1e-2, "float32": 2e-6}
 
@@ -251,6 +252,25 @@ def test_what_a_query_gives_depends_on_no_other(rng, dtype, window):
     for first, last in ((0, 40), (300, 411), (511, 700)):
         part = cpu.attention(q[:, first:last], k, v, length=300 + last, **options).numpy()
         assert np.abs(part - whole[:, first:last]).max() <= (0 if alone else 2e-2 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize(
+    "tokens, heads, kv_heads, width", [(40, 2, 2, 64), (570, 1, 1, 64), (577, 3, 1, 64), (1025, 2, 2, 128)]
+)
+def test_queries_and_keys_in_8_bits(rng, dtype, tokens, heads, kv_heads, width):
+    """Each token's of a head by themselves, where the processor has what makes that pay; elsewhere as they are."""
+    q = 2 * normal(rng, 1, tokens, heads, width) * np.exp(normal(rng, 1, tokens, heads, 1))
+    k, v = (normal(rng, 1, tokens, kv_heads, width) for _ in "kv")
+    tensors = [paddle.to_tensor(x) for x in (q, k, v)]
+    plain, got = (cpu.attention(*tensors, causal=False, dtype=dtype, rounded=rounded) for rounded in (False, True))
+    if dtype == "float32" or not {"avx512_vnni", "avx512_bf16"} <= cpu._cpu_flags():
+        assert np.array_equal(got.numpy(), plain.numpy())
+        return
+    assert not np.array_equal(got.numpy(), plain.numpy())
+    seen = (rounded_activations(x, width) for x in (q, k))
+    assert_close(got, attention_reference(*seen, v, False, tokens, None), dtype)
+    part = cpu.attention(tensors[0][:, 3:39], *tensors[1:], causal=False, dtype=dtype, rounded=True).numpy()
+    assert np.array_equal(part, got.numpy()[:, 3:39])  # whoever else asks
 
 
 def test_attention_reads_slices_of_a_fused_product_in_place(rng, dtype):

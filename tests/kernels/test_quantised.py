@@ -73,7 +73,7 @@ def test_fitting_leaves_less_error_than_minimum_and_maximum():
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 2, 5, 32, 33, 700])  # on both sides of the change to oneDNN
-@pytest.mark.parametrize("group, inputs, outputs", [(32, 96, 19), (64, 896, 130), (128, 200, 33)])
+@pytest.mark.parametrize("group, inputs, outputs", [(32, 96, 19), (64, 896, 130), (128, 200, 33), (256, 512, 70)])
 def test_linear(bits, rows, group, inputs, outputs):
     order = np.random.default_rng(3).permutation(inputs).astype(np.int32) if rows in (2, 33) else None
     weight = quantised.replace(kernels.quantise(normal(outputs, inputs), bits, group), order=order)
@@ -110,7 +110,7 @@ def test_mlp(bits, rows, gated):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows", [1, 2, 7, 32, 33, 700])
-@pytest.mark.parametrize("group, inputs, outputs", [(32, 96, 19), (64, 896, 530), (128, 200, 33)])
+@pytest.mark.parametrize("group, inputs, outputs", [(32, 96, 19), (64, 896, 530), (128, 200, 33), (256, 512, 70)])
 def test_linear_with_activations_in_8_bits(bits, rows, group, inputs, outputs):
     order = np.random.default_rng(3).permutation(inputs).astype(np.int32) if rows in (2, 33) else None
     weight = quantised.replace(kernels.quantise(normal(outputs, inputs), bits, group), order=order)
@@ -132,18 +132,41 @@ def test_linear_with_activations_in_8_bits(bits, rows, group, inputs, outputs):
     assert np.sort(error)[int(0.99 * rows) - 1] < 5e-5 and error.max() < 1e-3
 
 
+@pytest.mark.parametrize("group", [64, 256])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("hidden", [512, 300])  # whole groups, and less
+def test_mlp_with_activations_in_8_bits(group, gated, hidden):
+    """What lies between the two layers is rounded in the groups of the second."""
+    width = 256
+    weights = [
+        kernels.quantise(normal(*shape, seed=i) / 10, 8, group)
+        for i, shape in enumerate(((hidden, width), (hidden, width), (width, hidden)))
+    ]
+    up, gate, down = (kernels.QuantisedLinear(weight, activations="int8") for weight in weights)
+    x = normal(100, width, seed=7)
+    got = cpu.mlp(paddle.to_tensor(x), up, down, gate if gated else None, None, "silu", paddle.to_tensor(x)).numpy()
+    seen = quantised.rounded_activations(x, group)
+    first, second, last = (weight.dequantised().astype("float64") for weight in weights)
+    active = seen @ (second if gated else first).T
+    active = active / (1 + np.exp(-active)) * (seen @ first.T if gated else 1)
+    expected = x + quantised.rounded_activations(active.astype("float32"), group) @ last.T
+    # A number on the border between two may be rounded to either.
+    assert np.abs(got - expected).max() < 2e-3 * np.abs(expected).max()
+    assert np.sqrt(((got - expected) ** 2).mean()) < 2e-4 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_no_sum_of_bytes_overflows(bits):
     """The largest codes meet the largest activations, of one sign and of both."""
     most = 127 if bits == 8 else 15
-    codes = np.full([6, 256], most)
+    codes = np.full([6, 512], most)
     codes[1] = -most if bits == 8 else 0
     codes[2, ::2], codes[3, 1::2] = -codes[2, ::2] * (bits == 8), -codes[3, 1::2] * (bits == 8)
     codes[4] = -128 if bits == 8 else most  # nothing of ours writes -128, but a file can
     scales = np.full([6, 2], 1, np.float16)
     zeros = None if bits == 8 else np.zeros([6, 2], np.float16)
-    weight = quantised.Quantised(bits, 256, 128, quantised.pack(codes, bits), scales, zeros, np.ones(6, np.float32))
-    x = np.ones([9, 256], np.float32)
+    weight = quantised.Quantised(bits, 512, 256, quantised.pack(codes, bits), scales, zeros, np.ones(6, np.float32))
+    x = np.ones([9, 512], np.float32)
     x[1], x[2, ::2], x[3, 1::2] = -1, -1, -1
     got = kernels.QuantisedLinear(weight, activations="int8")(paddle.to_tensor(x)).numpy()
     np.testing.assert_allclose(got, x.astype("float64") @ codes.T, rtol=1e-5, atol=1e-3)

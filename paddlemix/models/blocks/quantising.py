@@ -44,7 +44,7 @@ class QuantisedLinear(Linear):
 
     Args:
         layer: the layer that it stands for; its bias is taken over.
-        bits: of a weight that comes in floating point.
+        bits, group_size: of a weight that comes in floating point.
 
     Attributes:
         activations: ``int8`` where the inputs are rounded too, else None; see :func:`round_activations`.
@@ -54,9 +54,10 @@ class QuantisedLinear(Linear):
 
     activations, answers_in, _there = None, None, None
 
-    def __init__(self, layer, bits):
+    def __init__(self, layer, bits, group_size=quantised.BLOCK):
         nn.Layer.__init__(self)  # not Linear's, which would allocate a weight
         self.weight, self.bias, self.name, self.bits, self.group = None, layer.bias, None, bits, getattr(layer, "group", None)
+        self.group_size = group_size
         self.in_features, self.out_features = layer.weight.shape
         self.quantised, self._plain = None, None
 
@@ -66,12 +67,12 @@ class QuantisedLinear(Linear):
         if self.answers_in is not None and isinstance(weight, np.ndarray):
             self._there = DeviceWeight.of(as_float32(weight), self.bits, self.answers_in)
         else:
-            self.quantised = rounded(weight, self.bits)
+            self.quantised = rounded(weight, self.bits, self.group_size)
 
     def rows(self, shape):
         """What :meth:`take` takes, for its rows to be put into as they are read: :class:`RoundedRows`; None for an array, of
         which the device's own operator makes what it takes."""
-        return RoundedRows(shape, self.bits) if self.answers_in is None else None
+        return RoundedRows(shape, self.bits, self.group_size) if self.answers_in is None else None
 
     def product(self, x, linear, bias):
         """As :meth:`.layers.Linear.product`."""
@@ -229,24 +230,24 @@ class RoundedRows:
 
     _one = threading.Lock()  # rounding has threads of its own
 
-    def __init__(self, shape, bits):
-        (out, inputs), self.bits = shape, bits
-        width = quantised.padded(inputs, quantised.BLOCK)
-        groups = [out, width // quantised.BLOCK]
+    def __init__(self, shape, bits, group_size=quantised.BLOCK):
+        (out, inputs), self.bits, self.group_size = shape, bits, group_size
+        width = quantised.padded(inputs, group_size)
+        groups = [out, width // group_size]
         self.whole = quantised.Quantised(
-            bits, inputs, quantised.BLOCK, np.empty([out, width * bits // 8], np.uint8), np.empty(groups, np.float16),
+            bits, inputs, group_size, np.empty([out, width * bits // 8], np.uint8), np.empty(groups, np.float16),
             np.empty(groups, np.float16) if bits == 4 else None, np.empty(out, np.float32),
         )  # fmt: skip
 
     def put(self, first, rows):
         """Round the rows from ``first`` on, as :func:`rounded` does."""
         with self._one:
-            part = rounded(np.ascontiguousarray(rows), self.bits)
+            part = rounded(np.ascontiguousarray(rows), self.bits, self.group_size)
         for name, array in part.arrays().items():
             getattr(self.whole, name)[first : first + len(rows)] = array
 
 
-def rounded(weight, bits):
+def rounded(weight, bits, group_size=quantised.BLOCK):
     """``weight`` as a :class:`~paddlemix.quantised.Quantised`: one, or an array ``[out, in]``, float32 or bits of bfloat16."""
     if isinstance(weight, RoundedRows):
         return weight.whole
@@ -255,8 +256,8 @@ def rounded(weight, bits):
     if cpu.compiled() and cpu.available("float32"):
         from paddlemix.kernels.quantised import quantise
 
-        return quantise(weight, bits)
-    return quantised.quantise(as_float32(weight), bits)
+        return quantise(weight, bits, group_size)
+    return quantised.quantise(as_float32(weight), bits, group_size)
 
 
 def as_float32(weight):
@@ -308,7 +309,8 @@ def prepare(model, weight_dtype=None, parts=None, packed=()):
             if isinstance(model.language_model.lm_head, TiedHead):
                 model.language_model.lm_head = QuantisedHead(new)
         else:
-            new = QuantisedLinear(layer, 8 if path.endswith("lm_head") else bits or 8)
+            few = 8 if path.endswith("lm_head") else bits or 8
+            new = QuantisedLinear(layer, few, quantised.group_size(parameter, layer.weight.shape[0], few))
         owner._sub_layers[name] = layers[parameter] = new
     model.weight_dtype = weight_dtype or ("as stored" if layers else None)
     if layers and device.is_cpu() and not cpu.compiled() and not cpu.available("float32"):
