@@ -35,7 +35,8 @@ __all__ = [
 BLOCK = 64
 GROUPS = (32, 64, 128, 256)  # inputs of a group
 BITS = {"int8": 8, "int4": 4}
-PARTS = ("language", "projector", "vision")  # of a model, each of which can have its weights in fewer bits
+# Parts of a model, each of which can have its weights in fewer bits, and how the names of these begin.
+PARTS = {"language": "language_model.", "projector": "mlp1.", "vision": "vision_model.encoder."}
 _ALL = slice(None)
 _SHRINK = (1.0, 0.9, 0.8)  # of a group's range that the search for scale and zero begins with
 
@@ -125,7 +126,7 @@ def group_size(parameter, inputs, bits):
 
     Products of many rows are the faster the less often they scale; of the tower's weights no step reads a few rows.
     """
-    wide = bits == 8 and parameter.startswith("vision_model.") and inputs % GROUPS[-1] == 0
+    wide = bits == 8 and parameter.startswith(PARTS["vision"]) and inputs % GROUPS[-1] == 0
     return GROUPS[-1] if wide else BLOCK
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from paddlemix.errors import CheckpointError
 from paddlemix.files import open_regular
-from paddlemix.quantised import BLOCK, GROUPS, Quantised, pack, padded
+from paddlemix.quantised import BLOCK, GROUPS, PARTS, Quantised, pack, padded
 
 METHOD = "paddlemix"  # what config.json calls our own
 READ = ("awq", "gptq", METHOD)
@@ -78,11 +78,10 @@ def bits_of(table, bits, parts):
 
     Matrices have ``bits``; token embeddings and output head 8.
     """
-    starts = {"language": "language_model.", "projector": "mlp1.", "vision": "vision_model.encoder."}
     found = {}
     for weight in table:
         name = weight.name
-        inside = any(name.startswith(starts[part]) for part in parts) and ".lora_" not in name
+        inside = name.startswith(tuple(PARTS[part] for part in parts)) and ".lora_" not in name
         if inside and weight.linear and not name.endswith(".mlp.gate.weight"):
             found[name] = 8 if name.endswith("lm_head.weight") else bits
         elif inside and name.endswith(".embed_tokens.weight"):

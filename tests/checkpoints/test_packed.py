@@ -187,7 +187,7 @@ def test_converted_checkpoints_are_mapped_and_answer_as_those_rounded_while_they
     mapped = InternVLChatModel.from_pretrained(target)
     assert mapped.quantised_layers.keys() == rounded.quantised_layers.keys()
     groups = {name: layer.quantised.group for name, layer in mapped.quantised_layers.items()}
-    # Of the tower's weights of 8 bits those of 256 inputs, or twice as many, have a scale for as many.
+    # Of the tower's weights in 8 bits those of 256 inputs have one scale for all of them.
     wide = {
         name for name in groups if name.startswith("vision_model.") and name.endswith("fc2.weight") and weight_dtype == "int8"
     }

@@ -34,7 +34,6 @@ from .layers import Linear
 from .lora import LoRALinear, locate, merge_lora
 
 DEFAULT_PARTS = ("language", "projector")
-_WHERE = {"language": "language_model.", "projector": "mlp1.", "vision": "vision_model.encoder."}
 
 _log = logging.getLogger(__name__)
 
@@ -276,10 +275,10 @@ def check_choice(weight_dtype, parts):
         raise ConfigError(
             f"weight_dtype is '{weight_dtype}': it must be {' or '.join(quantised.BITS)}, or None for the files' own"
         )
-    unknown = [part for part in parts if part not in _WHERE]
+    unknown = [part for part in parts if part not in quantised.PARTS]
     if unknown or not parts:
         raise ConfigError(
-            f"quantize_parts names '{''.join(unknown[:1])}': choose from {', '.join(_WHERE)}, separated by commas"
+            f"quantize_parts names '{''.join(unknown[:1])}': choose from {', '.join(quantised.PARTS)}, separated by commas"
         )
     return None if weight_dtype is None else quantised.BITS[weight_dtype], parts
 
@@ -298,7 +297,7 @@ def prepare(model, weight_dtype=None, parts=None, packed=()):
     bits, parts = check_choice(weight_dtype, parts)
     model.quantised_layers = layers = dict(model.quantised_layers)
     for path, owner, name, layer in _candidates(model):
-        wanted = bits is not None and any(path.startswith(_WHERE[part]) for part in parts)
+        wanted = bits is not None and any(path.startswith(quantised.PARTS[part]) for part in parts)
         parameter = f"{path}.weight"
         if not (wanted or parameter in packed):
             continue
@@ -474,7 +473,7 @@ class _Rounded:
 def weight_bytes(table, element, weight_dtype=None, parts=None):
     """Bytes of the weights of ``table``, ``element`` each where they are not in few bits, scales included."""
     bits, parts = check_choice(weight_dtype, parts)
-    few = tuple(_WHERE[part] for part in parts) if bits else ()
+    few = tuple(quantised.PARTS[part] for part in parts) if bits else ()
     total = 0
     for weight in table:
         packed = few and weight.linear and weight.name.startswith(few)
@@ -500,6 +499,6 @@ def _candidates(model):
     for owner_path, owner in model.named_sublayers(include_self=True):
         for name, layer in owner._sub_layers.items():
             path = f"{owner_path}.{name}".removeprefix(".")
-            if path.startswith(tuple(_WHERE.values())) and type(layer) in (Linear, nn.Linear, nn.Embedding):
+            if path.startswith(tuple(quantised.PARTS.values())) and type(layer) in (Linear, nn.Linear, nn.Embedding):
                 found.append((path, owner, name, layer))
     return found
