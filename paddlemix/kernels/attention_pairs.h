@@ -30,12 +30,11 @@ struct LaidOut {
       : padded(round_up(a.length, kTileKeys)), size(padded * a.width),
         values(value_room.get<bf16>(a.batch * a.kv_heads * size)) {
     const int64_t heads = a.batch * a.kv_heads;
-    if (kPanels && a.rounded) codes = key_room.get<uint8_t>(heads * size), scales = scale_room.get<float>(heads * padded);
+    if (a.rounded) codes = key_room.get<uint8_t>(heads * size), scales = scale_room.get<float>(heads * padded);
     else keys = key_room.get<bf16>(heads * size);
   }
 
-#ifdef PADDLEMIX_PANELS
-  // The keys of a head from `first` on that are a panel.
+  // The keys from `first` on that are a panel of a head, k its first.
   void round_keys(const Attention& a, const float* k, int64_t head, int64_t first) const {
     thread_local Scratch room;
     int8_t* rounded = room.get<int8_t>(16 * a.width);
@@ -46,15 +45,37 @@ struct LaidOut {
         if (!there) std::fill_n(rounded + i * a.width, a.width, int8_t(0));
         scale[j + i] = there ? round_group(k + (first + j + i) * a.k_stride[1], a.width, 127, rounded + i * a.width, &total) : 0.f;
       }
-      for (int64_t d = 0; d < a.width; d += kBlock) {
-        __m512i rows[16];
-        for (int64_t i = 0; i < 16; ++i)
-          rows[i] = _mm512_xor_si512(_mm512_loadu_si512(rounded + i * a.width + d), _mm512_set1_epi8(char(0x80)));
-        store_turned(rows, codes + head * size + first * a.width + d * kTileKeys + 4 * j, 4 * kTileKeys);
-      }
+      lay_out(rounded, a.width, a.width, codes + head * size + first * a.width + 4 * j, 0x80);
     }
   }
-#endif
+
+  // The same in bfloat16.
+  template <class T>
+  void lay_keys(const Attention& a, const T* k, int64_t head, int64_t first) const {
+    bf16* to = keys + head * size + first * a.width;
+    for (int64_t d = 0; d < a.width; d += 32)
+      for (int64_t j = 0; j < kTileKeys; j += 16) {
+        __m512i rows[16];
+        for (int64_t i = 0; i < 16; ++i) {
+          const int64_t key = first + j + i;
+          rows[i] = key < a.length ? pairs_of(k + key * a.k_stride[1] + d) : _mm512_setzero_si512();
+        }
+        store_turned(rows, reinterpret_cast<uint8_t*>(to + d * kTileKeys + 2 * j), 4 * kTileKeys);
+      }
+  }
+
+  template <class T>
+  void lay_values(const Attention& a, const T* v, int64_t head, int64_t first) const {
+    bf16* to = values + head * size + first * kTileOutputs;
+    for (int64_t j = 0; j < kTileKeys; j += 2)
+      for (int64_t d = 0; d < a.width; d += 16) {
+        const int64_t key = first + j;
+        const T* row = v + key * a.v_stride[1] + d;
+        __m512i both = key < a.length ? wide(row) : _mm512_setzero_si512();
+        if (key + 1 < a.length) both = _mm512_or_si512(both, _mm512_slli_epi32(wide(row + a.v_stride[1]), 16));
+        _mm512_store_si512(to + d / kTileOutputs * padded * kTileOutputs + j * kTileOutputs + d % kTileOutputs * 2, both);
+      }
+  }
 
   template <class T>
   void fill(const Attention& a) const {
@@ -63,29 +84,9 @@ struct LaidOut {
       const int64_t kv = task % a.kv_heads, b = task / a.kv_heads / panels, head = b * a.kv_heads + kv;
       const int64_t first = task / a.kv_heads % panels * kTileKeys;
       const T* k = static_cast<const T*>(a.k) + b * a.k_stride[0] + kv * a.k_stride[2];
-      const T* v = static_cast<const T*>(a.v) + b * a.v_stride[0] + kv * a.v_stride[2];
-      bf16 *to_keys = keys + head * size + first * a.width, *to_values = values + head * size + first * kTileOutputs;
-#ifdef PADDLEMIX_PANELS
-      if constexpr (sizeof(T) == sizeof(float))
-        if (codes) round_keys(a, k, head, first);
-#endif
-      for (int64_t d = 0; d < a.width && !codes; d += 32)
-        for (int64_t j = 0; j < kTileKeys; j += 16) {
-          __m512i rows[16];
-          for (int64_t i = 0; i < 16; ++i) {
-            const int64_t key = first + j + i;
-            rows[i] = key < a.length ? pairs_of(k + key * a.k_stride[1] + d) : _mm512_setzero_si512();
-          }
-          store_turned(rows, reinterpret_cast<uint8_t*>(to_keys + d * kTileKeys + 2 * j), 4 * kTileKeys);
-        }
-      for (int64_t j = 0; j < kTileKeys; j += 2)
-        for (int64_t d = 0; d < a.width; d += 16) {
-          const int64_t key = first + j;
-          const T* row = v + key * a.v_stride[1] + d;
-          __m512i both = key < a.length ? wide(row) : _mm512_setzero_si512();
-          if (key + 1 < a.length) both = _mm512_or_si512(both, _mm512_slli_epi32(wide(row + a.v_stride[1]), 16));
-          _mm512_store_si512(to_values + d / kTileOutputs * padded * kTileOutputs + j * kTileOutputs + d % kTileOutputs * 2, both);
-        }
+      if constexpr (sizeof(T) == sizeof(float)) codes ? round_keys(a, k, head, first) : lay_keys(a, k, head, first);
+      else lay_keys(a, k, head, first);
+      lay_values(a, static_cast<const T*>(a.v) + b * a.v_stride[0] + kv * a.v_stride[2], head, first);
     });
   }
 };
@@ -148,10 +149,8 @@ inline void score(int64_t width, const TileRows& queries, const bf16* panel, int
 // The same of rounded rows and keys.
 inline void score_bytes(int64_t width, const TileRows& queries, const uint8_t* panel, const float* scales, const TileRow* of_rows,
                         float* y) {
-#ifdef PADDLEMIX_PANELS
   PADDLEMIX_MULTIPLY_TILE("vpdpbusd", PADDLEMIX_BEGIN, "", PADDLEMIX_SCALES PADDLEMIX_EACH_ROW(PADDLEMIX_FIRST_SCALE, ""), queries,
                           panel, 1, width / 4, scales, of_rows, y);
-#endif
 }
 
 // Up to six rows (queries, then the heads that share a key head).
@@ -166,18 +165,21 @@ void attend_tile(const Attention& a, const LaidOut& laid, int64_t b, int64_t kv,
   int8_t* bytes = reinterpret_cast<int8_t*>(q);
   TileRow of_rows{};
   float *out = out_room.get<float>(kTileRows * width), top[kTileRows], total[kTileRows];  // out [width / 64, 6, 64]
+  const float scale = a.scale * 1.44269504f;  // softmax in powers of 2
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t row = first + r, head = kv * group + row % group;
     const float* from = a.q + b * a.q_stride[0] + row / group * a.q_stride[1] + head * a.q_stride[2];
-    const __m512 scale = _mm512_set1_ps(a.scale * 1.44269504f);  // softmax in powers of 2
     if (laid.codes) {
       float sum;
-      of_rows.scale[r] = round_group(from, width, 127, bytes + r * width, &sum) * a.scale * 1.44269504f;
+      of_rows.scale[r] = round_group(from, width, 127, bytes + r * width, &sum) * scale;
       of_rows.begin[r] = -128 * int32_t(sum);
-    }
-    for (int64_t d = 0; d < width && !laid.codes; d += 32) {
-      const __m512 one = _mm512_mul_ps(_mm512_loadu_ps(from + d), scale), two = _mm512_mul_ps(_mm512_loadu_ps(from + d + 16), scale);
-      _mm512_storeu_si512(q + r * width + d, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+    } else {
+      const __m512 factor = _mm512_set1_ps(scale);
+      for (int64_t d = 0; d < width; d += 32) {
+        const __m512 one = _mm512_mul_ps(_mm512_loadu_ps(from + d), factor);
+        const __m512 two = _mm512_mul_ps(_mm512_loadu_ps(from + d + 16), factor);
+        _mm512_storeu_si512(q + r * width + d, (__m512i)_mm512_cvtne2ps_pbh(two, one));
+      }
     }
     top[r] = a.sinks ? a.sinks[head] * 1.44269504f : -INFINITY, total[r] = a.sinks ? 1.f : 0.f;
   }

@@ -9,7 +9,7 @@
 #include "common.h"
 #include "tile.h"
 
-#if defined(PADDLEMIX_TILE) && defined(__AVX512BF16__)
+#if defined(PADDLEMIX_PANELS) && defined(__AVX512BF16__)  // what has these instructions has those of VNNI, too
 #define PADDLEMIX_PAIRS
 #endif
 

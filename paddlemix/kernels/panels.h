@@ -12,7 +12,6 @@ struct Panel {
 };
 
 #ifdef PADDLEMIX_PANELS
-
 // Codes of a block in the order of the inputs, those of 8 bits with 128 added.
 inline __m512i unsigned_block(const uint8_t* codes, int64_t bits) {
   auto packed = [](__m256i low, __m256i high) { return _mm256_permute4x64_epi64(_mm256_packus_epi16(low, high), 0xd8); };
@@ -46,11 +45,7 @@ Panel make_panel(const Quantised& w, int64_t first, int64_t last, uint8_t* codes
           const uint8_t* from = w.codes + (first + j + i) * w.row_bytes() + (begin + at) * w.bits / 8;
           _mm512_store_si512(rows[i] + at, first + j + i < last ? unsigned_block(from, w.bits) : _mm512_setzero_si512());
         }
-      for (int64_t at = 0; at < inputs; at += kBlock) {
-        __m512i blocks[16];
-        for (int64_t i = 0; i < 16; ++i) blocks[i] = _mm512_load_si512(rows[i] + at);
-        store_turned(blocks, codes + (begin + at) * kPanelOutputs + 4 * j, 4 * kPanelOutputs);
-      }
+      lay_out(rows[0], kInputs, inputs, codes + begin * kPanelOutputs + 4 * j);
     }
   for (int64_t j = 0; j < count; ++j)
     for (int64_t g = 0, from = (first + j) * groups; g < groups; ++g) {
@@ -136,11 +131,9 @@ struct Panels {
   template <class F>
   void multiply(const Rounded& x, int64_t begin, int64_t end, const float* add, F to) const {
 #ifdef PADDLEMIX_PANELS
-    auto run = [&](auto of4, auto of8) { (w.bits == 4 ? of4 : of8)(w, made, x, begin, end, first, last, add, to); };
-    if (w.group == 32) run(panels_in<4, 32, F>, panels_in<8, 32, F>);
-    else if (w.group == 64) run(panels_in<4, 64, F>, panels_in<8, 64, F>);
-    else if (w.group == 128) run(panels_in<4, 128, F>, panels_in<8, 128, F>);
-    else run(panels_in<4, 256, F>, panels_in<8, 256, F>);
+    with_form(w, [&](auto bits, auto group) {
+      panels_in<decltype(bits)::value, decltype(group)::value>(w, made, x, begin, end, first, last, add, to);
+    });
 #endif
   }
 };

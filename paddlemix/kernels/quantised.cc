@@ -15,7 +15,7 @@ inline void put(float* to, __m512 x) { _mm512_storeu_ps(to, x); }
 inline void put(bf16* to, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x)); }
 #endif
 
-constexpr int64_t kMostInGroup = 256;
+constexpr int64_t kMostInGroup = 256;  // inputs
 constexpr int64_t kManyRows = kPanels ? 2048 : kChunk;  // for which codes are laid out once
 constexpr int64_t kFewRows = 32;    // up to these, rows go through the kernel here, else through oneDNN
 constexpr int64_t kStrip = 16;      // outputs that a thread computes at a time

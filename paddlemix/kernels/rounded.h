@@ -2,6 +2,8 @@
 // but the row: the numbers of a group are summed exactly, and groups in one order, whoever else is there.
 #pragma once
 
+#include <type_traits>
+
 #include "common.h"
 #include "tile.h"
 
@@ -398,13 +400,24 @@ void outputs_in(const Quantised& w, const Rounded& x, int64_t begin, int64_t end
     }
 }
 
+// body(bits, group) with those of the weight as types, whose values are constants.
+template <class F>
+void with_form(const Quantised& w, F body) {
+  auto with_bits = [&](auto group) {
+    if (w.bits == 4) body(std::integral_constant<int, 4>{}, group);
+    else body(std::integral_constant<int, 8>{}, group);
+  };
+  if (w.group == 32) with_bits(std::integral_constant<int, 32>{});
+  else if (w.group == 64) with_bits(std::integral_constant<int, 64>{});
+  else if (w.group == 128) with_bits(std::integral_constant<int, 128>{});
+  else with_bits(std::integral_constant<int, 256>{});
+}
+
 void outputs_of(const Quantised& w, const Rounded& x, int64_t begin, int64_t end, int64_t first, int64_t last, float* out,
                 int64_t stride) {
-  auto run = [&](auto of4, auto of8) { (w.bits == 4 ? of4 : of8)(w, x, begin, end, first, last, out, stride); };
-  if (w.group == 32) run(outputs_in<4, 32>, outputs_in<8, 32>);
-  else if (w.group == 64) run(outputs_in<4, 64>, outputs_in<8, 64>);
-  else if (w.group == 128) run(outputs_in<4, 128>, outputs_in<8, 128>);
-  else run(outputs_in<4, 256>, outputs_in<8, 256>);
+  with_form(w, [&](auto bits, auto group) {
+    outputs_in<decltype(bits)::value, decltype(group)::value>(w, x, begin, end, first, last, out, stride);
+  });
 }
 
 }  // namespace

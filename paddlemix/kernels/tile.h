@@ -61,6 +61,17 @@ inline void store_turned(__m512i* v, uint8_t* out, int64_t stride) {
   }
 }
 
+// Sixteen rows of `width` bytes, a multiple of 64, as columns 4 * j to 4 * j + 63 of a panel [width / 4, 64, 4] that begins at
+// to - 4 * j; `flip` is what every bit of each byte is changed by.
+inline void lay_out(const void* rows, int64_t stride, int64_t width, uint8_t* to, uint8_t flip = 0) {
+  for (int64_t at = 0; at < width; at += 64) {
+    __m512i blocks[16];
+    for (int64_t i = 0; i < 16; ++i)
+      blocks[i] = _mm512_xor_si512(_mm512_loadu_si512(static_cast<const char*>(rows) + i * stride + at), _mm512_set1_epi8(char(flip)));
+    store_turned(blocks, to + at * kPanelOutputs, 4 * kPanelOutputs);
+  }
+}
+
 // clang-format off
 #define PADDLEMIX_EACH_ROW(macro, more) \
   macro(more, "0", "28", "0", "1", "2", "3") macro(more, "1", "29", "4", "5", "6", "7") macro(more, "2", "30", "8", "9", "10", "11") \

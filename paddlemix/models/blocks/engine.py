@@ -228,9 +228,8 @@ class _PatchEmbedding(nn.Layer):
         tiles, channels, height, width = pixel_values.shape
         rows, columns = height // self.patch, width // self.patch
         pixels = pixel_values.astype("float32").numpy().reshape([tiles, channels, rows, self.patch, columns, self.patch])
-        patches = np.empty([tiles, rows, columns, channels, self.patch, self.patch], np.float32)
-        patches[:] = pixels.transpose([0, 2, 4, 1, 3, 5])  # a third of the time that Paddle takes
-        return self.linear(paddle.from_dlpack(patches.reshape([tiles, rows, columns, -1])))
+        patches = pixels.transpose([0, 2, 4, 1, 3, 5]).reshape([tiles, rows, columns, -1])  # a third of the time of Paddle's
+        return self.linear(paddle.from_dlpack(patches))
 
 
 class _Embedding(nn.Layer):
