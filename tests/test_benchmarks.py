@@ -1,5 +1,6 @@
 """benchmarks/inference.py and finetune.py: the commands as people run them, and their arithmetic."""
 
+import dataclasses
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from paddlemix.examples.internvl2.cli import DEMO_MODEL
 from paddlemix.models.blocks.flops import decode_bytes, decoder_flops, parameter_counts, vision_flops
 from paddlemix.models.internvl2 import InternVLChatConfig, InternVLChatModel
 from tests.conftest import REFERENCE
@@ -55,6 +57,15 @@ def figures(text):
     return rows
 
 
+def assert_share(text, row, flops):
+    """The share of the matmul peak that ``text`` gives is the row's FLOPs, ``flops`` each, over the peak that it names."""
+    figure, share = row
+    peak = float(re.search(r"matmul peak float32 ([\d.]+) TFLOP/s", text)[1]) * 1e12
+    expected = figure * flops / peak
+    # Whole percents, three digits of the figure and two decimals of the peak are printed.
+    assert share == pytest.approx(expected, abs=0.006 + expected * (0.01 + 0.006e12 / peak))
+
+
 ALONE = ["--torch-python", shutil.which("false") or "/bin/false", "--sides", "ours"]
 
 
@@ -68,7 +79,10 @@ def test_bundled_model_alone():
     more = ["decode of 1 sequences, tokens/s", "decode of 2 sequences, tokens/s"]
     assert list(rows) == [*names, *more, "pixels to first token, s", "load, s", "peak memory, GB"]
     assert all(figure > 0 for figure, _ in rows.values())
-    assert all(rows[name][1] is not None for name in names)  # of what the machine can do
+    config = InternVLChatConfig.from_pretrained(str(DEMO_MODEL))
+    assert_share(done.stdout, rows[names[0]], vision_flops(config, 1))
+    assert_share(done.stdout, rows[names[1]], decoder_flops(config, 40) / 40)
+    assert all(rows[name][1] >= 0 for name in names)  # of what the machine can do
     assert 0.03 < rows["peak memory, GB"][0] < 4  # the weights alone are 10 MB
 
 
@@ -165,7 +179,7 @@ def test_configuration_alone_gets_random_weights(inference, tmp_path, monkeypatc
 # ---------------------------------------------------------------------- finetune.py
 
 
-def test_a_training_step_of_the_bundled_model_without_torch():
+def test_a_training_step_of_the_bundled_model_without_torch(finetune):
     done = run("--model", "demo", "--layers", "2", "--torch-python", shutil.which("false"), script="finetune.py")
     assert done.returncode == 0, done.stderr
     assert "With 2 layers" in done.stdout and "pip install torch==" in done.stdout
@@ -177,7 +191,11 @@ def test_a_training_step_of_the_bundled_model_without_torch():
     step, tokens = rows["step, s"][0], rows["tokens/s"][0]
     assert tokens * step == pytest.approx(4 * 9 + 128, rel=0.02)
     assert rows["samples/s"][0] * step == pytest.approx(1, rel=0.02)
-    assert rows["tokens/s"][1] is not None  # of what the machine can do
+    config = InternVLChatConfig.from_pretrained(str(DEMO_MODEL))
+    config = dataclasses.replace(config, llm_config=dataclasses.replace(config.llm_config, num_hidden_layers=2))
+    flops = finetune.step_flops(config, {"rows": 1, "text": 128, "answer": 64})
+    assert_share(done.stdout, rows["tokens/s"], flops / (4 * 9 + 128))
+    assert rows["tokens/s"][1] > 0
     assert 0.03 < rows["peak memory, GB"][0] < 4
 
 
